@@ -1,0 +1,1 @@
+"""renorm: the workbench for normalization in deep networks, for PyTorch."""

@@ -1,0 +1,120 @@
+"""What the stages of a comparison hand to each other: a trial's spec, its result, and the study's record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
+
+Status = Literal["ok", "diverged", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything that decides the outcome of one training run; two equal specs give equal results."""
+
+    data: str  # fingerprint of the prepared data, see data.Splits.fingerprint
+    model: str  # built-in name, "module:function@<fingerprint>", or "python:<fingerprint>"
+    norm: str  # "batch", "group(32)", "none", ...: what norms.named.parse reads
+    batch_size: int  # samples a step; the last incomplete batch of an epoch is dropped
+    lr: float  # the learning rate the optimizer gets, already scaled to the batch size
+    base_lr: float  # the learning rate the study names, before that scaling
+    optimizer: str  # "sgd", "momentum", "adam", "adamw"
+    activation: str  # "relu", "gelu", ...
+    epochs: int  # passes over the training part
+    seed: int  # decides the initial weights and the order of the samples
+    test: bool = True  # read the test part at the end; False while a learning rate is being tuned
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name this spec: the file name of its result."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One point of a learning curve."""
+
+    step: int  # optimizer steps taken so far
+    train_loss: float  # mean training loss over the epoch's steps, in training mode
+    valid_loss: float  # loss on the validation part, in evaluation mode
+    valid_score: float  # error rate (0 to 1) or RMSE (target's units) on the validation part
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What one trial gave; it is one JSON file in the store."""
+
+    spec: TrialSpec
+    status: Status  # "refused": the norm makes no sense for this model and batch, nothing was trained
+    reason: str = ""  # why a trial that is not "ok" is not, in a sentence
+    valid: dict[str, float] = field(default_factory=dict)  # final scores on the validation part
+    test: dict[str, float] = field(default_factory=dict)  # final scores on the test part
+    curve: tuple[EpochRecord, ...] = ()
+    num_parameters: int = 0
+    num_steps: int = 0
+    seconds_per_step: float = math.nan  # median over the steps: data, forward, backward, update
+    peak_memory_mb: float = math.nan  # peak resident memory above that before the trial's model was built
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON values; nan and inf are written as strings."""
+        return _encode(asdict(self))
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> TrialResult:
+        """The inverse of :meth:`to_json`."""
+        values = _decode(raw)
+        values["spec"] = TrialSpec(**values["spec"])
+        values["curve"] = tuple(EpochRecord(**point) for point in values["curve"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What a study folder says of itself; written before the first trial, read by the report."""
+
+    name: str  # the folder's name under renorm-runs/
+    task: Literal["classification", "regression"]
+    settings: dict[str, Any]  # the study file's values, defaults filled in
+    data: dict[str, Any]  # name, source, num_train, num_valid, num_test, shape, classes, target, notes
+    model: str  # the model in words, one line a layer, for the first norm
+    versions: dict[str, str]  # python, renorm, torch, numpy, machine
+    command: str  # what to type to run it again
+    keys: tuple[str, ...]  # TrialSpec.key of each trial of the grid, in the grid's order
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON values."""
+        return _encode(asdict(self))
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> StudyRecord:
+        """The inverse of :meth:`to_json`."""
+        values = _decode(raw)
+        values["keys"] = tuple(values["keys"])
+        return cls(**values)
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,56 @@
+"""The errors a user's mistake can raise; each says what must hold, what came, and what to write instead."""
+
+__all__ = ["BackendError", "DataError", "PatternError", "RenormError", "ShapeError", "StudyError", "SwapError"]
+
+
+class RenormError(Exception):
+    """Base of every error renorm raises on purpose."""
+
+
+class PatternError(RenormError, ValueError):
+    """A pattern that cannot be read, or axis sizes that do not fit it.
+
+    The message ends with the pattern and a caret under the place that is wrong.
+    """
+
+    def __init__(self, message: str, text: str = "", column: int | None = None, width: int = 1) -> None:
+        self.text = text
+        self.column = column
+        self.width = width
+        if column is not None:
+            message = f"{message}\n    {text}\n    {' ' * column}{'^' * max(width, 1)}"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_restore, (type(self), self.args[0], self.text, self.column, self.width))
+
+
+def _restore(
+    kind: type[PatternError], message: str, text: str, column: int | None, width: int
+) -> PatternError:
+    error = kind(message)
+    error.text, error.column, error.width = text, column, width
+    return error
+
+
+class ShapeError(RenormError, ValueError, RuntimeError):
+    """A tensor whose rank or size does not fit the layer.
+
+    It is both a ValueError and a RuntimeError because torch raises one or the other for the same mistake.
+    """
+
+
+class BackendError(RenormError, RuntimeError):
+    """A kernel backend was asked for by name and cannot run here."""
+
+
+class SwapError(RenormError, ValueError):
+    """A norm could not be replaced in a model, or nothing matched the rule."""
+
+
+class DataError(RenormError, ValueError):
+    """The user's data cannot be used as it is: names file, column and row where it can."""
+
+
+class StudyError(RenormError, ValueError):
+    """A study's settings are wrong: an unknown key, an empty axis, a value out of range."""
