@@ -1,1 +1,71 @@
 """renorm: the workbench for normalization in deep networks, for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from renorm import errors, kernels
+from renorm.norms import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+    SwitchNorm,
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+)
+from renorm.surgery import freeze, swap, unfreeze
+
+if TYPE_CHECKING:
+    from renorm.comparison import Comparison, compare
+    from renorm.drawing import draw
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Comparison",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+    "SwitchNorm",
+    "SwitchNorm1d",
+    "SwitchNorm2d",
+    "SwitchNorm3d",
+    "compare",
+    "draw",
+    "errors",
+    "freeze",
+    "kernels",
+    "swap",
+    "unfreeze",
+]
+
+# Names whose modules import plotting, tables or process pools: loaded at first use.
+_LAZY = {"compare": "renorm.comparison", "Comparison": "renorm.comparison", "draw": "renorm.drawing"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'renorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,15 @@
 """The errors a user's mistake can raise; each says what must hold, what came, and what to write instead."""
 
-__all__ = ["BackendError", "DataError", "PatternError", "RenormError", "ShapeError", "StudyError", "SwapError"]
+__all__ = [
+    "BackendError",
+    "DataError",
+    "PatternError",
+    "RenormError",
+    "ShapeError",
+    "StudyError",
+    "SwapError",
+    "UnknownNormError",
+]
 
 
 class RenormError(Exception):
@@ -42,6 +51,10 @@ class ShapeError(RenormError, ValueError, RuntimeError):
 
 class BackendError(RenormError, RuntimeError):
     """A kernel backend was asked for by name and cannot run here."""
+
+
+class UnknownNormError(RenormError, ValueError):
+    """A norm was named in words, such as ``"group(32)"``, and there is none of that name."""
 
 
 class SwapError(RenormError, ValueError):

@@ -1,0 +1,107 @@
+"""Torch's own fused kernels, for the partitions they compute exactly.
+
+`recognize` reads a partition's roles; the other functions reshape to what torch wants and call it. Reshaping
+is free where the memory allows it; `select` decides whether it does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from renorm.kernels.moments import Moments
+from renorm.pattern import Partition
+
+__all__ = ["batch_norm", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
+
+# Roles of the split view's axes, see Partition.roles. The order matters: the first that fits is the fastest.
+_FORMS = (
+    ("layer_norm", re.compile(r"k*(r+|R+)\Z")),  # whole trailing axes, parameters along all of them or none
+    ("group_norm", re.compile(r"k*K*R*r*\Z")),  # samples, groups, channels of a group, positions
+    ("batch_norm", re.compile(r"r*(k+|K+)r*\Z")),  # everything but the channels
+)
+
+
+def recognize(part: Partition) -> str | None:
+    """The name of the torch kernel that computes this partition, or None."""
+    return next((name for name, form in _FORMS if form.match(part.roles)), None)
+
+
+def layer_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`F.layer_norm` over the reduced axes, which come last."""
+    v = part.view(x)
+    shape = v.shape[part.reduced[0] :]
+    weight = None if weight is None else weight.reshape(shape)
+    bias = None if bias is None else bias.reshape(shape)
+    return _like(F.layer_norm(v, shape, weight, bias, eps).reshape(x.shape), x)
+
+
+def rms_norm(x: Tensor, part: Partition, weight: Tensor | None, eps: float) -> Tensor:
+    """`F.rms_norm` over the reduced axes, which come last."""
+    v = part.view(x)
+    shape = v.shape[part.reduced[0] :]
+    weight = None if weight is None else weight.reshape(shape)
+    return _like(F.rms_norm(v, shape, weight, eps).reshape(x.shape), x)
+
+
+def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`F.group_norm` on (samples, channels, positions)."""
+    split = part.view(x).shape
+    letters = part.roles
+    samples, groups, channels, positions = [
+        math.prod([size for size, letter in zip(split, letters, strict=True) if letter == role])
+        for role in "kKRr"
+    ]
+    v = x.reshape(samples, groups * channels, positions)
+    return _like(F.group_norm(v, groups, weight, bias, eps).reshape(x.shape), x)
+
+
+def batch_norm(
+    x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments]:
+    """`F.batch_norm` in training mode, and the moments it computed on the way."""
+    v, split = _channels_second(x, part), part.view(x).shape
+    channels = v.shape[1]
+    # Torch wants its statistics in the parameters' dtype; without parameters half precision takes float32.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    dtype = weight.dtype if weight is not None else torch.float32 if half else x.dtype
+    # Momentum 1 turns torch's running statistics into this batch's own: exact, without a pass of our own.
+    mean, unbiased = v.new_zeros(channels, dtype=dtype), v.new_zeros(channels, dtype=dtype)
+    y = F.batch_norm(v, mean, unbiased, weight, bias, True, 1.0, eps)
+    n = math.prod([split[i] for i in part.reduced])
+    shape = [1 if i in part.reduced else size for i, size in enumerate(split)]
+    count = mean.new_full([1] * len(split), n, dtype=torch.float32)
+    var = unbiased * ((n - 1) / max(n, 1))
+    return y.reshape(x.shape), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
+
+
+def fixed_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """`F.batch_norm` in evaluation mode: given statistics for each entry of dimension 1."""
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _channels_second(x: Tensor, part: Partition) -> Tensor:
+    """`x` itself where dimension 1 is the kept one, so that channels_last and deployment tools see through."""
+    if x.dim() >= 2 and {part.dims[i] for i in part.kept} == {1}:
+        return x
+    roles = part.roles.lower()
+    first, last = roles.index("k"), roles.rindex("k") + 1
+    split = part.view(x).shape
+    shape = [math.prod(split[:first]), math.prod(split[first:last]), math.prod(split[last:])]
+    return x.reshape(shape if last < len(split) else shape[:2])
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in x's dtype (autocast may have widened it), and in channels_last where x is."""
+    y = y.to(x.dtype)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = formats.get(x.dim())
+    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+        return y
+    return y.contiguous(memory_format=layout)

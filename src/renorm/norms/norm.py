@@ -1,0 +1,381 @@
+"""The one layer: a pattern, what is learnt, and what is remembered. Every norm of the zoo is this one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from renorm.errors import PatternError, ShapeError
+from renorm.kernels import aten, reference, select
+from renorm.kernels.moments import Affine, Moments
+from renorm.norms import running as running_statistics
+from renorm.pattern import Partition, Pattern, parse, partition
+from renorm.plan import Plan, plan
+
+__all__ = ["Norm"]
+
+OneValue = Literal["raise", "running", "allow"]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The pattern at one rank, with what can be known of it before a tensor comes."""
+
+    part: Partition
+    op: str | None  # torch's kernel for the partition, see aten.recognize
+    running: tuple[int, ...]  # axes of the split view along which running statistics are kept
+    channels_second: bool  # those are dimension 1, whole, and the parameters run along it: F.batch_norm serves
+
+
+class Norm(nn.Module):
+    r"""Normalize over the axes in brackets.
+
+    $$y = \frac{x - \text{mean}}{\sqrt{\text{var} + \text{eps}}} \cdot \text{weight} + \text{bias}$$
+
+    Mean and biased variance are those of each set of entries the pattern makes; see `renorm.pattern`.
+
+    Args:
+        pattern: such as ``"n (g [c]) [...]"``.
+        eps: added to the variance; None is the smallest number the computing dtype tells from 1.
+        weight: names of the axes that `weight` and `bias` run along, None for neither. By default those of the
+            dimension that holds the axis ``c``.
+        bias: False leaves the bias out.
+        center: False divides by the root mean square and subtracts nothing (RMS norm).
+        running: names of the kept axes along which running statistics are kept for evaluation, None for no such
+            statistics. By default the kept axes that are weighted, if the first dimension is averaged over.
+        momentum: weight of the new batch in the running statistics (torch's sense); None averages all batches.
+        unbiased: whether the running variance is divided by n - 1, as torch does, or n, as Keras does.
+        one_value: a set of one entry has no variance. ``"raise"`` refuses it (the default with running
+            statistics), ``"running"`` uses the running statistics for this batch, ``"allow"`` gives `bias`.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it is auto.
+        sizes: of the axes, by name. Weighted and running axes need theirs; one part of a split may be open.
+
+    Shapes: input and output (any that fits the pattern), weight and bias (the weighted axes' sizes, those of one
+    dimension multiplied). `mask` in the call is boolean, True on real entries, broadcastable to the input: the
+    others count for nothing and come out as 0; a set without a real entry gives zeros and zero gradients.
+
+    Raises PatternError for a pattern or sizes that do not fit each other, ShapeError for an input that does not
+    fit them.
+
+    >>> layer = Norm("n (g [c]) [...]", g=4, c=2)
+    >>> layer(torch.arange(32.0).view(2, 8, 2)).mean().abs() < 1e-6
+    tensor(True)
+    >>> Norm("n [c] [...", c=8)
+    Traceback (most recent call last):
+    renorm.errors.PatternError: this [ is never closed: write ] after the axes to average over
+        n [c] [...
+              ^
+    """
+
+    pattern: str
+    eps: float | None
+    momentum: float | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    frozen: bool = False
+    track_running_stats: bool
+
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        eps: float | None = 1e-5,
+        weight: str | None = "auto",
+        bias: bool = True,
+        center: bool = True,
+        running: str | None = "auto",
+        momentum: float | None = 0.1,
+        unbiased: bool = True,
+        one_value: OneValue | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **sizes: int,
+    ) -> None:
+        super().__init__()
+        read = parse(pattern)
+        weighted = _weighted_axes(read, weight)
+        kept = _running_axes(read, weighted, running)
+        read.check_sizes(sizes)
+        for name in dict.fromkeys(weighted + kept):
+            if name not in sizes:
+                read.fail(name, f"the parameters run along {name!r}: pass its size, {name}=...")
+        self.eps = eps
+        self.momentum = momentum
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = _parameter_shape(read, weighted, sizes)
+        self.weight = nn.Parameter(torch.ones(shape, **factory)) if weighted else None
+        self.bias = nn.Parameter(torch.zeros(shape, **factory)) if weighted and bias else None
+        self.track_running_stats = bool(kept)
+        shape = _parameter_shape(read, kept, sizes)
+        self.register_buffer("running_mean", torch.zeros(shape, **factory) if kept else None)
+        self.register_buffer("running_var", torch.ones(shape, **factory) if kept else None)
+        self.register_buffer(
+            "num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device) if kept else None
+        )
+        self._define(
+            pattern,
+            sizes,
+            weight=weighted,
+            running=kept,
+            center=center,
+            unbiased=unbiased,
+            one_value=one_value or ("raise" if kept else "allow"),
+            backend=backend,
+        )
+
+    def _define(
+        self,
+        pattern: str | Mapping[int, str],
+        sizes: Mapping[str, int],
+        *,
+        weight: tuple[str, ...] = ("c",),
+        running: tuple[str, ...] = (),
+        center: bool = True,
+        unbiased: bool = True,
+        one_value: OneValue = "allow",
+        backend: str = "auto",
+    ) -> None:
+        """Say which norm this is; a mapping gives a pattern for each rank (torch's unbatched inputs)."""
+        select.resolve(backend)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if name not in self._buffers:
+                self.register_buffer(name, None)
+        self.pattern = pattern if isinstance(pattern, str) else pattern[max(pattern)]
+        self.center = center
+        self.unbiased = unbiased
+        self.one_value = one_value
+        self.backend = backend
+        self.sizes = dict(sizes)
+        self._weight_axes = weight
+        self._running_axes = running
+        self._kernel = ""  # that ran last, for repr
+        self._bounds: dict[int, _Bound] = {}
+        # Bound ahead of the first call, so that a compiler meets finished plans only.
+        if isinstance(pattern, str):
+            least = parse(pattern).least_rank
+            ranks = range(least, least + 5 if parse(pattern).has_ellipsis else least + 1)
+            pattern = dict.fromkeys(ranks, pattern)
+        for rank, text in pattern.items():
+            if rank > 0:
+                self._bounds[rank] = self._bind(text, rank)
+
+    def _bind(self, pattern: str, rank: int) -> _Bound:
+        part = partition(pattern, rank, self.sizes, self._weight_axes)
+        along = tuple(i for i, name in enumerate(part.names) if name in self._running_axes)
+        whole = tuple(i for i, dim in enumerate(part.dims) if dim == 1)
+        channels_second = along == whole and part.weighted in ((), whole)
+        return _Bound(part, aten.recognize(part), along, channels_second)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
+        bound = self._bound(x)
+        part = bound.part
+        if mask is not None:
+            mask = _expand(mask, x)
+        if type(self).solve is not Norm.solve:
+            moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
+            return reference.apply(x, part, self.solve(moments), self.weight, self.bias, mask=mask)
+        if self._uses_running(part, x):
+            return self._normalize_by_running(x, bound, mask)
+        kernel = self._choose(x, bound, mask)
+        y, batch = select.normalize(
+            x, part, kernel, self.weight, self.bias, self._eps(x), about_zero=not self.center, mask=mask
+        )
+        if batch is not None and self._tracks():
+            self._track(batch, bound)
+        return y
+
+    def solve(self, moments: Moments) -> Affine:
+        """From the moments of each set to the scale, center and shift that are applied to it.
+
+        A norm of your own overrides this: ordinary differentiable torch code on tensors the size of the
+        statistics. `batch_moments` brings in running statistics.
+        """
+        return select.standardize(moments, self._eps(moments.mean), about_zero=not self.center)
+
+    def batch_moments(self, batch: Moments) -> Moments:
+        """Remember `batch` and return it in training; return the running moments in evaluation."""
+        bound = next(bound for bound in self._bounds.values() if bound.part.names == batch.names)
+        if self.running_mean is None or self._learns():
+            if self._tracks():
+                self._track(batch, bound)
+            return batch
+        mean, var = self._running_moments(bound, batch.mean.dtype)
+        return Moments(batch.count, mean, var, batch.names)
+
+    def values_per_set(self, shape: tuple[int, ...]) -> int:
+        """How many entries one mean and variance of this layer come from, for an input of this shape."""
+        part = self._bounds[len(shape)].part if len(shape) in self._bounds else self._bind(self.pattern, len(shape)).part
+        split = part.split_shape(shape)
+        return math.prod([split[i] for i in part.reduced])
+
+    def kernel(self, x: Tensor, mask: Tensor | None = None) -> str:
+        """The name of the kernel that runs for this input, in the mode the layer is in."""
+        bound = self._bound(x)
+        if type(self).solve is not Norm.solve:
+            return "reference"
+        if self._uses_running(bound.part, x):
+            return "torch.batch_norm" if self._fixed_by_torch(x, bound, mask) else "reference"
+        return self._choose(x, bound, mask)
+
+    def plan(self, x: Tensor) -> Plan:
+        """The loops over x's memory that measure and apply come down to."""
+        return plan(self._bound(x).part, x.shape, x.stride())
+
+    def extra_repr(self) -> str:
+        """The pattern, what is particular to this layer, and the kernel that ran last."""
+        inherited = super().extra_repr()
+        words = [inherited] if inherited else []
+        words.append(f"pattern={self.pattern!r}")
+        if not inherited:
+            words += [f"{name}={size}" for name, size in self.sizes.items()]
+            words.append(f"eps={self.eps}")
+            words += [f"{name}=False" for name in ("center",) if not getattr(self, name)]
+            words += ["weight=None"] if self.weight is None else ["bias=False"] if self.bias is None else []
+            words += [f"running={' '.join(self._running_axes)!r}"] if self._running_axes else []
+        words += ["frozen=True"] if self.frozen else []
+        words += [f"backend={self.backend!r}"] if self.backend != "auto" else []
+        words += [f"kernel={self._kernel}"] if self._kernel else []
+        return ", ".join(words)
+
+    def _bound(self, x: Tensor) -> _Bound:
+        bound = self._bounds.get(x.dim())
+        if bound is None:
+            bound = self._bounds[x.dim()] = self._bind(self.pattern, x.dim())
+        bound.part.check(x.shape)
+        return bound
+
+    def _eps(self, x: Tensor) -> float:
+        if self.eps is not None:
+            return self.eps
+        return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+    def _learns(self) -> bool:
+        """Whether statistics come from the input although running ones exist."""
+        return self.training and not self.frozen
+
+    def _tracks(self) -> bool:
+        return (
+            self.running_mean is not None
+            and self.track_running_stats
+            and self._learns()
+            and not running_statistics.recomputing()
+        )
+
+    def _uses_running(self, part: Partition, x: Tensor) -> bool:
+        if self.running_mean is not None and not self._learns():
+            return True
+        if self.one_value == "allow":
+            return False
+        split = part.view(x).shape
+        if math.prod([split[i] for i in part.reduced]) != 1:
+            return False
+        if self.one_value == "running" and self.running_mean is not None:
+            return True
+        what = "spatial element" if "n" in [part.names[i] for i in part.kept] else "value per channel"
+        raise ShapeError(
+            f"Expected more than 1 {what} when training, got input size {tuple(x.shape)}: the variance of one value "
+            "is 0. Use larger batches or inputs, drop_last=True in the data loader, or one_value='running' to "
+            "normalize such a batch by the running statistics"
+        )
+
+    def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+        wants_moments = self._tracks() and bound.op != "batch_norm"
+        kernel = select.choose(
+            x,
+            None if wants_moments else bound.op,
+            self.weight,
+            self.bias,
+            about_zero=not self.center,
+            mask=mask,
+            backend=self.backend,
+        )
+        if not torch.compiler.is_compiling():
+            self.__dict__["_kernel"] = kernel
+        return kernel
+
+    def _fixed_by_torch(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> bool:
+        op = "batch_norm" if bound.channels_second and self.center and x.dim() >= 2 else None
+        return (
+            select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend) == "torch.batch_norm"
+        )
+
+    def _normalize_by_running(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> Tensor:
+        if self._fixed_by_torch(x, bound, mask):
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
+        mean, var = self._running_moments(bound, x.dtype)
+        affine = Affine(torch.rsqrt(var + self._eps(x)), mean if self.center else None)
+        return reference.apply(x, bound.part, affine, self.weight, self.bias, mask=mask)
+
+    def _running_moments(self, bound: _Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        shape = [size if i in bound.running else 1 for i, size in enumerate(bound.part.sizes)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.running_mean.reshape(shape).to(wide), self.running_var.reshape(shape).to(wide)
+
+    def _track(self, batch: Moments, bound: _Bound) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
+        running_statistics.update(
+            self.running_mean, self.running_var, self.num_batches_tracked, self.momentum, pooled
+        )
+
+
+def _weighted_axes(pattern: Pattern, weight: str | None) -> tuple[str, ...]:
+    if weight is None:
+        return ()
+    if weight != "auto":
+        return pattern.select(weight, "weight")
+    if "c" not in pattern.names:
+        raise PatternError(
+            "no axis is called c, so it is not clear where weight and bias run: pass weight='axis names' or weight=None",
+            pattern.text,
+            0,
+            len(pattern.text),
+        )
+    return pattern.beside("c")
+
+
+def _running_axes(pattern: Pattern, weighted: tuple[str, ...], running: str | None) -> tuple[str, ...]:
+    if running is None:
+        return ()
+    reduced = {axis.name for axis in pattern.axes if axis.reduced}
+    if running == "auto":
+        over_the_batch = any(axis.reduced for axis in pattern.dims[0])
+        return tuple(name for name in weighted if name not in reduced) if over_the_batch else ()
+    axes = pattern.select(running, "running")
+    for name in axes:
+        if name in reduced:
+            pattern.fail(name, f"running statistics run along kept axes, and {name!r} is averaged over")
+    return axes
+
+
+def _parameter_shape(pattern: Pattern, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """One size for each dimension that has any of `axes`."""
+    dims = [[axis.name for axis in dim if axis.name in axes] for dim in pattern.dims]
+    return tuple(math.prod(sizes[name] for name in dim) for dim in dims if dim)
+
+
+def _expand(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise ShapeError(f"a mask is boolean, True on real entries; got {mask.dtype}: write mask.bool()")
+    try:
+        return mask.expand(x.shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"a mask must broadcast to the input's shape {tuple(x.shape)}; got {tuple(mask.shape)}: give it as many "
+            "dimensions, of size 1 where it does not vary, as in mask[:, None, :]"
+        ) from None
