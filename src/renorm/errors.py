@@ -34,9 +34,7 @@ class PatternError(RenormError, ValueError):
         return (_restore, (type(self), self.args[0], self.text, self.column, self.width))
 
 
-def _restore(
-    kind: type[PatternError], message: str, text: str, column: int | None, width: int
-) -> PatternError:
+def _restore(kind: type[PatternError], message: str, text: str, column: int | None, width: int) -> PatternError:
     error = kind(message)
     error.text, error.column, error.width = text, column, width
     return error

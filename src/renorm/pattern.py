@@ -120,9 +120,7 @@ class Pattern:
             unknown = [axis for axis in dim if axis.name not in sizes]
             if len(dim) > 1 and len(unknown) > 1:
                 names = " or ".join(f"{axis.name}=" for axis in unknown)
-                self.fail(
-                    unknown[1].name, f"a split dimension can leave only one size open; pass also {names}"
-                )
+                self.fail(unknown[1].name, f"a split dimension can leave only one size open; pass also {names}")
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
@@ -178,7 +176,8 @@ class _Reader:
             self.fail("an axis has a name; write one, and pass its size: g=" + token, column, len(token))
         else:
             self.fail(
-                _HINTS.get(token, f"{token!r} has no meaning in a pattern: use names, ( ), [ ] and ..."), column
+                _HINTS.get(token, f"{token!r} has no meaning in a pattern: use names, ( ), [ ] and ..."),
+                column,
             )
 
     def take_bracket(self, token: str, column: int) -> None:
@@ -233,9 +232,7 @@ class _Reader:
         if not pattern.axes:
             self.fail("the pattern is empty: write the axes, such as '[n] c [...]'", 0)
         if not any(axis.reduced for axis in pattern.axes):
-            self.fail(
-                "no axis is in brackets: put [ ] around those that share statistics", 0, len(self.text)
-            )
+            self.fail("no axis is in brackets: put [ ] around those that share statistics", 0, len(self.text))
         return pattern
 
 
@@ -269,9 +266,7 @@ class Partition:
     def check(self, shape: Sequence[int]) -> None:
         """Raise ShapeError where `shape` does not fit the sizes that were given."""
         if len(shape) != self.rank:
-            raise ShapeError(
-                f"the pattern {self.pattern.text!r} is bound to {self.rank} dimensions; got {len(shape)}"
-            )
+            raise ShapeError(f"the pattern {self.pattern.text!r} is bound to {self.rank} dimensions; got {len(shape)}")
         for dim, known, exact in self.demands:
             if shape[dim] != known if exact else shape[dim] % known != 0:
                 self._misfit(dim, known, exact, shape)
@@ -292,10 +287,12 @@ class Partition:
     def split_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the split view; raises ShapeError where `shape` does not fit."""
         self.check(shape)
-        known = [math.prod(s or 1 for s, d in zip(self.sizes, self.dims, strict=True) if d == dim) for dim in range(self.rank)]
+        known = [
+            math.prod(s or 1 for s, d in zip(self.sizes, self.dims, strict=True) if d == dim)
+            for dim in range(self.rank)
+        ]
         return tuple(
-            shape[dim] // known[dim] if size is None else size
-            for size, dim in zip(self.sizes, self.dims, strict=True)
+            shape[dim] // known[dim] if size is None else size for size, dim in zip(self.sizes, self.dims, strict=True)
         )
 
     def view(self, x: Tensor) -> Tensor:
@@ -308,9 +305,7 @@ class Partition:
 
 
 @lru_cache(maxsize=4096)
-def _partition(
-    pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], weighted: tuple[str, ...]
-) -> Partition:
+def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], weighted: tuple[str, ...]) -> Partition:
     given = dict(sizes)
     pattern.check_sizes(given)
     ellipsis = rank - pattern.least_rank

@@ -53,8 +53,7 @@ def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor |
     split = part.view(x).shape
     letters = part.roles
     samples, groups, channels, positions = [
-        math.prod([size for size, letter in zip(split, letters, strict=True) if letter == role])
-        for role in "kKRr"
+        math.prod([size for size, letter in zip(split, letters, strict=True) if letter == role]) for role in "kKRr"
     ]
     v = x.reshape(samples, groups * channels, positions)
     return _like(F.group_norm(v, groups, weight, bias, eps).reshape(x.shape), x)
@@ -79,9 +78,7 @@ def batch_norm(
     return y.reshape(x.shape), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
 
 
-def fixed_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def fixed_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`F.batch_norm` in evaluation mode: given statistics for each entry of dimension 1."""
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 

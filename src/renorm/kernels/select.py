@@ -67,7 +67,12 @@ def choose(
 
 
 def _why_not_torch(
-    x: Tensor, op: str | None, weight: Tensor | None, bias: Tensor | None, about_zero: bool, mask: Tensor | None
+    x: Tensor,
+    op: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    about_zero: bool,
+    mask: Tensor | None,
 ) -> str | None:
     if mask is not None:
         return "torch's kernels take no mask"

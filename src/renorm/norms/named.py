@@ -72,7 +72,9 @@ def parse(text: str) -> NormName:
     if "[" in text or "]" in text:
         pattern = _SIZE.sub("", text).strip()
         sizes = tuple((name, int(size)) for name, size in _SIZE.findall(text))
-        parse_pattern(pattern).check_sizes({**dict(sizes), "c": 1} if "c" in parse_pattern(pattern).names else dict(sizes))
+        parse_pattern(pattern).check_sizes(
+            {**dict(sizes), "c": 1} if "c" in parse_pattern(pattern).names else dict(sizes)
+        )
         return NormName("pattern", pattern=pattern, sizes=sizes)
     match = _CALL.match(text.lower())
     kind, argument = match.groups() if match else (text.lower(), None)
@@ -165,9 +167,7 @@ def _build_general(
     )
 
 
-def _build_pattern(
-    name: NormName, num_features: int, affine: bool, bias: bool, options: dict[str, object]
-) -> Norm:
+def _build_pattern(name: NormName, num_features: int, affine: bool, bias: bool, options: dict[str, object]) -> Norm:
     sizes = dict(name.sizes)
     pattern = parse_pattern(name.pattern)
     beside = pattern.beside("c")

@@ -118,9 +118,7 @@ class Norm(nn.Module):
         shape = _parameter_shape(read, kept, sizes)
         self.register_buffer("running_mean", torch.zeros(shape, **factory) if kept else None)
         self.register_buffer("running_var", torch.ones(shape, **factory) if kept else None)
-        self.register_buffer(
-            "num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device) if kept else None
-        )
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device) if kept else None)
         self._define(
             pattern,
             sizes,
@@ -214,7 +212,9 @@ class Norm(nn.Module):
 
     def values_per_set(self, shape: tuple[int, ...]) -> int:
         """How many entries one mean and variance of this layer come from, for an input of this shape."""
-        part = self._bounds[len(shape)].part if len(shape) in self._bounds else self._bind(self.pattern, len(shape)).part
+        part = (
+            self._bounds[len(shape)].part if len(shape) in self._bounds else self._bind(self.pattern, len(shape)).part
+        )
         split = part.split_shape(shape)
         return math.prod([split[i] for i in part.reduced])
 
@@ -305,9 +305,7 @@ class Norm(nn.Module):
 
     def _fixed_by_torch(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> bool:
         op = "batch_norm" if bound.channels_second and self.center and x.dim() >= 2 else None
-        return (
-            select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend) == "torch.batch_norm"
-        )
+        return select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend) == "torch.batch_norm"
 
     def _normalize_by_running(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> Tensor:
         if self._fixed_by_torch(x, bound, mask):
@@ -329,9 +327,7 @@ class Norm(nn.Module):
         assert self.running_mean is not None
         assert self.running_var is not None
         pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
-        running_statistics.update(
-            self.running_mean, self.running_var, self.num_batches_tracked, self.momentum, pooled
-        )
+        running_statistics.update(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum, pooled)
 
 
 def _weighted_axes(pattern: Pattern, weight: str | None) -> tuple[str, ...]:

@@ -26,7 +26,15 @@ _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("layer", (nn.LayerNorm,)),
 )
 _EXACT = {
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.SyncBatchNorm,
+        nn.GroupNorm,
+        nn.LayerNorm,
+        nn.RMSNorm,
+    ),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, Norm),
     *(getattr(zoo, name) for name in zoo.__all__),
 }
