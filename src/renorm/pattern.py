@@ -307,7 +307,6 @@ class Partition:
 @lru_cache(maxsize=4096)
 def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], weighted: tuple[str, ...]) -> Partition:
     given = dict(sizes)
-    pattern.check_sizes(given)
     ellipsis = rank - pattern.least_rank
     if ellipsis < 0 or (ellipsis > 0 and not pattern.has_ellipsis):
         least = "at least " if pattern.has_ellipsis else ""
@@ -353,4 +352,5 @@ def partition(
     'kkrrr'
     """
     pattern = parse(pattern) if isinstance(pattern, str) else pattern
+    pattern.check_sizes(sizes or {})
     return _partition(pattern, rank, tuple(sorted((sizes or {}).items())), tuple(weighted))

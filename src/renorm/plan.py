@@ -66,9 +66,8 @@ class Plan:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        lines = [
-            f"{self.partition.pattern.text} on {shape}: {self.num_sets} sets of {self.set_size} entries, {self.kind} kernel"
-        ]
+        sets = f"{self.num_sets} sets of {self.set_size} entries"
+        lines = [f"{self.partition.pattern.text} on {shape}: {sets}, {self.kind} kernel"]
         labels = [" ".join(loop.names) for loop in self.loops]
         width = max(map(len, labels), default=0)
         digits = max((len(str(loop.size)) for loop in self.loops), default=0)

@@ -75,7 +75,7 @@ def batch_norm(
     shape = [1 if i in part.reduced else size for i, size in enumerate(split)]
     count = mean.new_full([1] * len(split), n, dtype=torch.float32)
     var = unbiased * ((n - 1) / max(n, 1))
-    return y.reshape(x.shape), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
+    return _like(y.reshape(x.shape), x), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
 
 
 def fixed_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -31,13 +31,13 @@ def measure(x: Tensor, part: Partition, *, mask: Tensor | None = None, about_zer
     else:
         real = part.view(mask)
         v = torch.where(real, v, 0)
-        count = real.sum(part.reduced, keepdim=True).to(dtype)
+        count = _sum(real, part).to(dtype)
     n = count.clamp(min=1)
 
     def average(values: Tensor) -> Tensor:
         if real is not None:
             values = torch.where(real, values, 0)
-        return values.sum(part.reduced, keepdim=True).to(dtype) / n
+        return _sum(values, part).to(dtype) / n
 
     if about_zero:
         var = average(v.square())
@@ -92,6 +92,11 @@ def apply(
     if real is not None:
         y = torch.where(real, y, 0)
     return y.reshape(x.shape).to(x.dtype)
+
+
+def _sum(values: Tensor, part: Partition) -> Tensor:
+    # An ellipsis may stand for no axis at all, and torch's sum over no axes is a sum over all of them.
+    return values.sum(part.reduced, keepdim=True) if part.reduced else values
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -48,17 +48,18 @@ def choose(
     *,
     about_zero: bool = False,
     mask: Tensor | None = None,
+    obstacle: str | None = None,
     backend: str = "auto",
 ) -> str:
     """The name of the kernel that will run: ``"reference"`` or ``"torch.<function>"``.
 
-    `op` is what `aten.recognize` said of the partition. Raises BackendError where `backend` is ``"torch"`` and
-    torch has no kernel for this.
+    `op` is what `aten.recognize` said of the partition, `obstacle` a reason of the layer's own against torch's
+    kernels. Raises BackendError where `backend` is ``"torch"`` and torch has no kernel for this.
     """
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
-    reason = _why_not_torch(x, op, weight, bias, about_zero, mask)
+    reason = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
     if reason is None:
         return "torch.rms_norm" if about_zero else f"torch.{op}"
     if backend == "torch":
@@ -83,8 +84,9 @@ def _why_not_torch(
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     if any(p is not None and p.dtype not in (x.dtype, wide) for p in (weight, bias)):
         return "the parameters' dtype is not the input's"
-    if weight is not None and weight.dtype != x.dtype and op != "batch_norm" and x.device.type != "cpu":
-        return "torch's kernels on this device want parameters of the input's dtype"
+    mixed = weight is not None and weight.dtype != x.dtype
+    if mixed and (about_zero or (op != "batch_norm" and x.device.type != "cpu")):
+        return "this torch kernel wants parameters of the input's dtype"
     if x.numel() == 0:
         return "the input has no entries"
     return None

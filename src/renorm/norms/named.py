@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,8 @@ def parse(text: str) -> NormName:
         close = difflib.get_close_matches(kind, KINDS, 1, 0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UnknownNormError(
-            f"a norm is one of {', '.join(KINDS)}, group(G), or a pattern such as 'n (g [c]) [...] g=8'; got {text!r}{hint}"
+            f"a norm is one of {', '.join(KINDS)}, group(G), or a pattern such as 'n (g [c]) [...] g=8'; "
+            f"got {text!r}{hint}"
         )
     if argument is None:
         return NormName(kind)
@@ -128,7 +130,7 @@ def build(
     name = parse(name) if isinstance(name, str) else name
     if name.kind == "none":
         return nn.Identity()
-    options: dict[str, object] = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     if eps is not None:
         options["eps"] = eps
     if name.kind == "pattern":
@@ -137,22 +139,22 @@ def build(
         return zoo.BatchNorm(num_features, axis=axis, affine=affine, bias=bias, **options)
     if name.kind == "switch":
         partitions = ("instance", "layer", "batch") if positions else ("layer", "batch")
-        return zoo.SwitchNorm(num_features, axis=axis, affine=affine, partitions=partitions, **options)  # type: ignore[arg-type]
+        return zoo.SwitchNorm(num_features, axis=axis, affine=affine, partitions=partitions, **options)
     if name.kind in ("group", "layer") and axis == 1:
         groups = divisor(num_features, name.groups) if name.kind == "group" else 1
-        return zoo.GroupNorm(groups, num_features, affine=affine, bias=bias, **options)  # type: ignore[arg-type]
+        return zoo.GroupNorm(groups, num_features, affine=affine, bias=bias, **options)
     if name.kind == "layer":
-        return zoo.LayerNorm(num_features, elementwise_affine=affine, bias=bias, **options)  # type: ignore[arg-type]
+        return zoo.LayerNorm(num_features, elementwise_affine=affine, bias=bias, **options)
     if name.kind == "rms" and axis == -1:
-        return zoo.RMSNorm(num_features, elementwise_affine=affine, **options)  # type: ignore[arg-type]
+        return zoo.RMSNorm(num_features, elementwise_affine=affine, **options)
     return _build_general(name, num_features, axis, affine, bias, options)
 
 
 def _build_general(
-    name: NormName, num_features: int, axis: int, affine: bool, bias: bool, options: dict[str, object]
+    name: NormName, num_features: int, axis: int, affine: bool, bias: bool, options: dict[str, Any]
 ) -> Norm:
     """The kinds that have no class of their own for any rank: instance, RMS on images, group on tokens."""
-    sizes = {"c": num_features}
+    sizes: dict[str, Any] = {"c": num_features}
     if name.kind == "group":
         groups = divisor(num_features, name.groups)
         sizes = {"g": groups, "c": num_features // groups}
@@ -162,13 +164,13 @@ def _build_general(
         bias=bias and name.kind != "rms",
         center=name.kind != "rms",
         one_value="raise" if name.kind == "instance" else "allow",
-        **options,  # type: ignore[arg-type]
+        **options,
         **sizes,
     )
 
 
-def _build_pattern(name: NormName, num_features: int, affine: bool, bias: bool, options: dict[str, object]) -> Norm:
-    sizes = dict(name.sizes)
+def _build_pattern(name: NormName, num_features: int, affine: bool, bias: bool, options: dict[str, Any]) -> Norm:
+    sizes: dict[str, Any] = dict(name.sizes)
     pattern = parse_pattern(name.pattern)
     beside = pattern.beside("c")
     known = math.prod(sizes.get(axis, 1) for axis in beside)
@@ -176,4 +178,4 @@ def _build_pattern(name: NormName, num_features: int, affine: bool, bias: bool, 
         if num_features % known:
             raise PatternError(f"{num_features} channels cannot be split by {name}", name.pattern, 0, len(name.pattern))
         sizes["c"] = num_features // known
-    return Norm(name.pattern, weight="auto" if affine else None, bias=bias, **options, **sizes)  # type: ignore[arg-type]
+    return Norm(name.pattern, weight="auto" if affine else None, bias=bias, **options, **sizes)

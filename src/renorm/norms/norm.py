@@ -73,10 +73,11 @@ class Norm(nn.Module):
     """
 
     pattern: str
-    eps: float | None
+    # Any where torch's classes, which the zoo inherits from too, disagree among themselves.
+    eps: Any  # float, or None
+    weight: Any  # Parameter, or None
+    bias: Any  # Parameter, or None
     momentum: float | None
-    weight: Tensor | None
-    bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -179,12 +180,14 @@ class Norm(nn.Module):
         part = bound.part
         if mask is not None:
             mask = _expand(mask, x)
-        if type(self).solve is not Norm.solve:
-            moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
-            return reference.apply(x, part, self.solve(moments), self.weight, self.bias, mask=mask)
-        if self._uses_running(part, x):
+        plain = type(self).solve is Norm.solve
+        if plain and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
+        self._remember(kernel)
+        if not plain:
+            moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
+            return reference.apply(x, part, self.solve(moments), self.weight, self.bias, mask=mask)
         y, batch = select.normalize(
             x, part, kernel, self.weight, self.bias, self._eps(x), about_zero=not self.center, mask=mask
         )
@@ -221,10 +224,8 @@ class Norm(nn.Module):
     def kernel(self, x: Tensor, mask: Tensor | None = None) -> str:
         """The name of the kernel that runs for this input, in the mode the layer is in."""
         bound = self._bound(x)
-        if type(self).solve is not Norm.solve:
-            return "reference"
-        if self._uses_running(bound.part, x):
-            return "torch.batch_norm" if self._fixed_by_torch(x, bound, mask) else "reference"
+        if type(self).solve is Norm.solve and self._uses_running(bound.part, x):
+            return self._choose_fixed(x, bound, mask)
         return self._choose(x, bound, mask)
 
     def plan(self, x: Tensor) -> Plan:
@@ -256,7 +257,7 @@ class Norm(nn.Module):
 
     def _eps(self, x: Tensor) -> float:
         if self.eps is not None:
-            return self.eps
+            return float(self.eps)
         return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
     def _learns(self) -> bool:
@@ -264,20 +265,15 @@ class Norm(nn.Module):
         return self.training and not self.frozen
 
     def _tracks(self) -> bool:
-        return (
-            self.running_mean is not None
-            and self.track_running_stats
-            and self._learns()
-            and not running_statistics.recomputing()
-        )
+        """Whether this forward moves the running statistics."""
+        return self.running_mean is not None and self.track_running_stats and self._learns()
 
     def _uses_running(self, part: Partition, x: Tensor) -> bool:
         if self.running_mean is not None and not self._learns():
             return True
         if self.one_value == "allow":
             return False
-        split = part.view(x).shape
-        if math.prod([split[i] for i in part.reduced]) != 1:
+        if self._set_size(part, x) != 1:
             return False
         if self.one_value == "running" and self.running_mean is not None:
             return True
@@ -289,26 +285,44 @@ class Norm(nn.Module):
         )
 
     def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
-        wants_moments = self._tracks() and bound.op != "batch_norm"
-        kernel = select.choose(
+        return select.choose(
             x,
-            None if wants_moments else bound.op,
+            bound.op,
             self.weight,
             self.bias,
             about_zero=not self.center,
             mask=mask,
+            obstacle=self._obstacle(x, bound),
             backend=self.backend,
         )
-        if not torch.compiler.is_compiling():
-            self.__dict__["_kernel"] = kernel
-        return kernel
 
-    def _fixed_by_torch(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> bool:
+    def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
+        """What in this layer keeps torch's kernels from computing it."""
+        if type(self).solve is not Norm.solve:
+            return "torch has no kernel for a solve of its own"
+        if bound.op != "batch_norm":
+            return (
+                "torch's kernel does not hand out the moments that running statistics need" if self._tracks() else None
+            )
+        return "torch's kernel wants more than one value" if self._set_size(bound.part, x) == 1 else None
+
+    def _set_size(self, part: Partition, x: Tensor) -> int:
+        split = part.view(x).shape
+        return math.prod([split[i] for i in part.reduced])
+
+    def _choose_fixed(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+        """The kernel that normalizes by running statistics."""
         op = "batch_norm" if bound.channels_second and self.center and x.dim() >= 2 else None
-        return select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend) == "torch.batch_norm"
+        return select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend)
+
+    def _remember(self, kernel: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__["_kernel"] = kernel  # around Module.__setattr__, which costs a microsecond
 
     def _normalize_by_running(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> Tensor:
-        if self._fixed_by_torch(x, bound, mask):
+        kernel = self._choose_fixed(x, bound, mask)
+        self._remember(kernel)
+        if kernel == "torch.batch_norm":
             assert self.running_mean is not None
             assert self.running_var is not None
             return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
@@ -319,11 +333,14 @@ class Norm(nn.Module):
     def _running_moments(self, bound: _Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
-        shape = [size if i in bound.running else 1 for i, size in enumerate(bound.part.sizes)]
+        shape = [(size or 1) if i in bound.running else 1 for i, size in enumerate(bound.part.sizes)]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return self.running_mean.reshape(shape).to(wide), self.running_var.reshape(shape).to(wide)
 
+    @torch.no_grad()
     def _track(self, batch: Moments, bound: _Bound) -> None:
+        if running_statistics.recomputing():
+            return
         assert self.running_mean is not None
         assert self.running_var is not None
         pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
@@ -337,7 +354,7 @@ def _weighted_axes(pattern: Pattern, weight: str | None) -> tuple[str, ...]:
         return pattern.select(weight, "weight")
     if "c" not in pattern.names:
         raise PatternError(
-            "no axis is called c, so it is not clear where weight and bias run: pass weight='axis names' or weight=None",
+            "no axis is called c, so it is not clear where weight and bias run: pass weight='names' or weight=None",
             pattern.text,
             0,
             len(pattern.text),

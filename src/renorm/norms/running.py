@@ -47,7 +47,6 @@ def pool(
     return (*average(moments.mean, has_mean), *average(var, has_var))
 
 
-@torch.no_grad()
 def update(
     running_mean: Tensor,
     running_var: Tensor,

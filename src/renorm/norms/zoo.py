@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
 from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
@@ -39,7 +40,7 @@ __all__ = [
 Device = torch.device | str | None
 
 
-class _Batch(Norm):
+class _Batch(Norm, TorchBatchNorm):
     """Batch norm of any rank, channels second: ``[n] c [...]``."""
 
     def __init__(
@@ -99,7 +100,7 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
     """Batch norm of volumes (N, C, D, H, W): ``[n] c [...]``. See `BatchNorm1d`."""
 
 
-class BatchNorm(_Batch, TorchBatchNorm):
+class BatchNorm(_Batch):
     """Batch norm with the channels on any axis, for any rank from 2 on: ``[n] c [...]``, or ``[...] c`` for axis -1.
 
     Arguments as `BatchNorm1d`, with `axis`, the dimension of the channels (pytorch#21856). See `BatchNorm1d`.
@@ -108,15 +109,18 @@ class BatchNorm(_Batch, TorchBatchNorm):
     '[...] c'
     """
 
+    axis: int
+
     def __init__(self, num_features: int, *args: Any, axis: int = 1, **options: Any) -> None:
         # Plain attributes have to wait for Module.__init__, and _pattern is asked before it returns.
         self.__dict__["axis"] = axis
         super().__init__(num_features, *args, **options)
 
     def _pattern(self) -> str:
-        axis: int = self.axis
-        before = " ".join(f"n{i}" for i in range(axis)) if axis >= 0 else "..."
-        after = "..." if axis >= 0 else " ".join(f"d{i}" for i in range(-axis - 1))
+        if self.axis == 1:
+            return "[n] c [...]"
+        before = " ".join(f"n{i}" for i in range(self.axis)) if self.axis >= 0 else "..."
+        after = "..." if self.axis >= 0 else " ".join(f"d{i}" for i in range(-self.axis - 1))
         return " ".join(part for part in (f"[{before}]" * bool(before), "c", f"[{after}]" * bool(after)) if part)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -124,14 +128,14 @@ class BatchNorm(_Batch, TorchBatchNorm):
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
-class _Instance(Norm):
+class _Instance(Norm, TorchInstanceNorm):
     """Instance norm: ``n c [...]``, or ``c [...]`` for one sample without its batch dimension."""
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: float = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
         device: Device = None,

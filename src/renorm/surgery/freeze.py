@@ -18,8 +18,8 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
     torch's ``bn.eval()`` does not survive (pytorch#66073). With `parameters`, weight and bias stop learning too: both
     together are Keras' ``trainable = False``.
 
-    Raises SwapError where the model has a torch.nn norm with running statistics (it has no frozen state; swap it first),
-    or no norm at all.
+    Raises SwapError where the model has a torch.nn norm with running statistics, which has no frozen state (swap it
+    first), or no norm at all.
 
     >>> from renorm.norms import BatchNorm1d
     >>> freeze(BatchNorm1d(4)).train().frozen
@@ -38,8 +38,8 @@ def _set(model: nn.Module, *, frozen: bool, parameters: bool) -> nn.Module:
     for site in sites:
         if not isinstance(site.module, Norm) and getattr(site.module, "running_mean", None) is not None:
             raise SwapError(
-                f"{site.name or 'the model'} is torch's {type(site.module).__name__}, which cannot be frozen: first write "
-                f"model, _ = renorm.swap(model, '{site.kind} -> {site.kind}')"
+                f"{site.name or 'the model'} is torch's {type(site.module).__name__}, which cannot be frozen: "
+                f"first write model, _ = renorm.swap(model, '{site.kind} -> {site.kind}')"
             )
     found = [site.module for site in sites if isinstance(site.module, Norm)]
     if not found:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from renorm.errors import SwapError
 from renorm.norms import named, zoo
@@ -74,6 +75,7 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     1 replaced, 0 left alone
       1: BatchNorm2d -> GroupNorm(2, 8) (3 groups do not divide 8 channels: 2 instead)
     """
+    _refuse_lazy(model)
     model = copy.deepcopy(model)
     sites = list(norms(model))
     choose = _by_function(rule) if callable(rule) else _by_name(_read(rule))
@@ -96,6 +98,12 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     if not changes:
         raise SwapError(_nothing(rule, sites, left))
     return model, SwapReport(tuple(changes), tuple(left))
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise SwapError(f"{name or 'the model'} has no shape yet: run a lazy layer on a batch first")
 
 
 _Choice = Callable[[Site], tuple[nn.Module, str] | None]
@@ -143,8 +151,8 @@ def _build(site: Site, target: NormName) -> tuple[nn.Module, str]:
     old = site.module
     if not site.num_features and target.kind != "none":
         raise SwapError(
-            f"{site.name or 'the model'} ({describe(old)}) does not say how many channels it has: run a lazy layer on a "
-            "batch first, and give a function of (name, norm) for a pattern without an axis c"
+            f"{site.name or 'the model'} ({describe(old)}) does not say how many channels it has: give a function of "
+            "(name, norm) for a pattern without an axis c"
         )
     tensors = [t for t in (*old.parameters(recurse=False), *old.buffers(recurse=False)) if t.is_floating_point()]
     has_weight, has_bias = (getattr(old, name, None) is not None for name in ("weight", "bias"))

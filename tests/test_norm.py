@@ -1,0 +1,353 @@
+"""What is particular to the layer: its arguments, its errors, its policies. What all norms share is in checks.py."""
+
+import copy
+import io
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from checks import close
+from torch import nn
+
+import renorm as rn
+from renorm.errors import BackendError, PatternError, ShapeError
+from renorm.kernels.moments import Affine
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "weight", "running"),
+    [
+        ("[n] c [...]", {"c": 6}, (6,), (6,)),
+        ("n (g [c]) [...]", {"g": 2, "c": 3}, (6,), None),
+        ("n (g [c]) [...]", {"g": 2, "weight": "g"}, (2,), None),
+        ("n (g [c]) [...]", {"g": 2, "weight": None}, None, None),
+        ("... [h c]", {"h": 4, "c": 3, "weight": "h c"}, (4, 3), None),
+        ("... [h c]", {"c": 3}, (3,), None),
+        ("t [n] c", {"t": 5, "c": 3, "running": "t c"}, (3,), (5, 3)),
+        ("(k [b]) c [...]", {"b": 2, "c": 3}, (3,), (3,)),
+        ("[n] c [...]", {"c": 6, "running": None}, (6,), None),
+        ("[a] b", {"b": 4, "weight": "b"}, (4,), (4,)),
+    ],
+)
+def test_where_parameters_and_running_statistics_run(pattern, options, weight, running):
+    layer = rn.Norm(pattern, **options)
+    for tensor, shape in ((layer.weight, weight), (layer.running_mean, running), (layer.running_var, running)):
+        assert (tensor is None) == (shape is None)
+        assert tensor is None or tuple(tensor.shape) == shape
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "words"),
+    [
+        ("[n] c", {}, "pass its size, c=..."),
+        ("[n] d", {"d": 3}, "no axis is called c"),
+        ("[n] c", {"c": 3, "weight": "d"}, "weight names the axis 'd'"),
+        ("[n] c", {"c": 3, "running": "n"}, "'n' is averaged over"),
+        ("[n] c", {"c": 3, "running": "m"}, "running names the axis 'm'"),
+        ("[n] c", {"c": -3}, "positive integer"),
+        ("[n] c", {"c": 3, "eps1": 3}, "did you mean|no axis 'eps1'"),
+    ],
+)
+def test_what_a_layer_cannot_be_made_of(pattern, options, words):
+    with pytest.raises(PatternError, match=words):
+        rn.Norm(pattern, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (rn.BatchNorm2d(3), (2, 3, 4), r"expected 4D input \(got 3D input\)"),
+        (
+            rn.BatchNorm2d(3),
+            (2, 4, 5, 5),
+            r"dimension 1 must have 3 entries \(c=3\); the input has shape \(2, 4, 5, 5\)",
+        ),
+        (rn.BatchNorm2d(3), (1, 3, 1, 1), "Expected more than 1 value per channel when training"),
+        (rn.BatchNorm(3), (3,), "expected at least 2D input"),
+        (rn.InstanceNorm2d(3), (2, 3, 1, 1), "Expected more than 1 spatial element when training"),
+        (rn.InstanceNorm2d(3, affine=True), (2, 4, 5, 5), "dimension 1 must have 3 entries"),
+        (rn.LayerNorm(3), (2, 4), "dimension 1 must have 3 entries"),
+        (rn.GroupNorm(2, 4), (2, 6, 3), "dimension 1 must have 4 entries"),
+        (rn.GroupNorm(2, 4), (4,), "at least 2 dimensions; the tensor has 1"),
+        (rn.RMSNorm((2, 3)), (5, 2, 4), "dimension 2 must have 3 entries"),
+    ],
+)
+def test_inputs_that_do_not_fit(layer, shape, words):
+    """The classes torch raises: ValueError for most, RuntimeError for layer and group norm; ShapeError is both."""
+    with pytest.raises(ValueError, match=words):
+        layer(torch.randn(shape))
+
+
+def test_constructor_errors_are_torchs():
+    with pytest.raises(ValueError, match="num_channels"):
+        rn.GroupNorm(4, 6)
+    with pytest.raises(ShapeError, match="axis 1 or -1"):
+        rn.SwitchNorm(4, axis=2)
+    with pytest.raises(ShapeError, match="instance, layer and batch"):
+        rn.SwitchNorm(4, partitions=("pixel",))
+
+
+def test_rms_norm_eps_none_is_torchs():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = (torch.randn(4, 9) * 1e-5).to(dtype)
+        assert torch.equal(rn.RMSNorm(9, dtype=dtype)(x), nn.RMSNorm(9, dtype=dtype)(x))
+        mask = torch.ones_like(x, dtype=torch.bool)
+        close(rn.RMSNorm(9, dtype=dtype)(x, mask), nn.RMSNorm(9, dtype=dtype)(x), 4 * torch.finfo(dtype).eps)
+
+
+def test_instance_norm_takes_one_sample_without_a_batch_dimension():
+    x = torch.randn(3, 5, 7)
+    for options in ({}, {"affine": True, "track_running_stats": True}):
+        ours, theirs = rn.InstanceNorm2d(3, **options), nn.InstanceNorm2d(3, **options)
+        close(ours(x), theirs(x), 1e-6)
+        assert ours.values_per_set((3, 5, 7)) == ours.values_per_set((2, 3, 5, 7)) == 35
+
+
+def test_instance_norm_warns_of_other_channels_as_torch_does():
+    with pytest.warns(UserWarning, match="the input has 4 channels and the layer 3"):
+        y = rn.InstanceNorm2d(3)(torch.randn(2, 4, 5, 5))
+    assert y.shape == (2, 4, 5, 5)
+
+
+def test_one_value_policies():
+    x = torch.tensor([[3.0, 5.0]])
+    layer = rn.BatchNorm1d(2, one_value="running")
+    layer(torch.randn(8, 2) + 4)
+    state = copy.deepcopy(layer.state_dict())
+    expected = (x - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
+    close(layer(x), expected, 1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(rn.BatchNorm1d(2, one_value="allow")(x), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="drop_last=True"):
+        rn.BatchNorm1d(2)(x)
+    assert rn.BatchNorm1d(2).eval()(x).shape == x.shape
+
+
+def test_momentum_none_averages_all_batches_equally():
+    layer, batches = rn.BatchNorm1d(3, momentum=None), [torch.randn(5, 3) for _ in range(4)]
+    for batch in batches:
+        layer(batch)
+    close(layer.running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), 1e-6)
+    close(layer.running_var, torch.stack([b.var(0) for b in batches]).mean(0), 1e-6)
+    assert layer.num_batches_tracked == 4
+
+
+def test_a_batch_that_is_not_finite_is_not_counted():
+    layer = rn.BatchNorm1d(2, momentum=None)
+    good = torch.randn(5, 2)
+    layer(good)
+    layer(torch.tensor([[1.0, float("inf")], [2.0, 3.0]]))
+    assert layer.num_batches_tracked == 1
+    close(layer.running_mean, good.mean(0), 1e-6)
+
+
+def test_masked_running_statistics_are_those_of_the_real_entries():
+    x, mask = torch.randn(6, 3, 4), torch.rand(6, 1, 4) > 0.4
+    layer = rn.BatchNorm1d(3, momentum=1.0)
+    layer(x, mask)
+    for channel in range(3):
+        values = x[:, channel][mask[:, 0]].double().numpy()
+        assert layer.running_mean[channel].item() == pytest.approx(values.mean(), abs=1e-6)
+        assert layer.running_var[channel].item() == pytest.approx(values.var(ddof=1), abs=1e-5)
+
+
+def test_a_masked_channel_keeps_its_running_statistics():
+    mask = torch.tensor([[True, False]]).expand(5, 2)
+    layer = rn.BatchNorm1d(2, momentum=1.0)
+    x = torch.randn(5, 2)
+    layer(x, mask)
+    close(layer.running_mean, torch.stack([x[:, 0].mean(), torch.tensor(0.0)]), 1e-6)
+    close(layer.running_var, torch.stack([x[:, 0].var(), torch.tensor(1.0)]), 1e-6)
+
+
+def test_padding_does_not_change_a_sequence():
+    """The feature pytorch#70529 asks for: a padded batch normalizes as its sequences would alone."""
+    lengths = [3, 7, 5]
+    sequences = [torch.randn(6, n) for n in lengths]
+    padded = torch.full((3, 6, 7), float("nan"))
+    for i, sequence in enumerate(sequences):
+        padded[i, :, : lengths[i]] = sequence
+    mask = (torch.arange(7) < torch.tensor(lengths)[:, None])[:, None]
+    instance = rn.InstanceNorm1d(6)
+    for i, sequence in enumerate(sequences):
+        close(instance(padded, mask)[i, :, : lengths[i]], instance(sequence[None])[0], 1e-6)
+    batch = rn.BatchNorm1d(6)(padded, mask)
+    together = torch.cat(sequences, dim=1).T
+    close(batch.transpose(1, 2)[mask[:, 0]], nn.BatchNorm1d(6)(together), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.ones(2, 3), "a mask is boolean"),
+        (torch.ones(2, 3, dtype=torch.bool), r"must broadcast to the input's shape \(2, 3, 5\); got \(2, 3\)"),
+        (torch.ones(4, 1, 1, dtype=torch.bool), "must broadcast"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, words):
+    with pytest.raises(ShapeError, match=words):
+        rn.BatchNorm1d(3)(torch.randn(2, 3, 5), mask)
+
+
+def test_group_norm_on_channels_last_keeps_its_digits():
+    """torch 2.13's own errs by 1.2e3 here, on values of about 1."""
+    x = (torch.randn(8, 64, 32, 32) + 1000).contiguous(memory_format=torch.channels_last)
+    groups = x.double().reshape(8, 32, -1)
+    expected = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    y = rn.GroupNorm(32, 64)(x)
+    assert y.stride() == x.stride()
+    close(y, expected.view(x.shape), 2e-3)
+
+
+def test_a_norm_of_ones_own_is_a_solve():
+    class HalfCentered(rn.Norm):
+        """Subtract half the mean."""
+
+        def solve(self, moments):
+            return Affine(torch.rsqrt(moments.var + self.eps), moments.mean / 2)
+
+    layer = HalfCentered("n (g [c]) [...]", g=2, c=3)
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    groups = x.view(4, 2, -1)
+    var, mean = torch.var_mean(groups, -1, unbiased=False, keepdim=True)
+    close(layer.double()(x), ((groups - mean / 2) / (var + 1e-5).sqrt()).view(x.shape), 1e-12)
+    assert layer.kernel(x) == "reference"
+
+
+def test_a_solve_with_batch_statistics_gets_running_ones_in_evaluation():
+    class Renamed(rn.Norm):
+        def solve(self, moments):
+            batch = self.batch_moments(moments.merge("n"))
+            return Affine(torch.rsqrt(batch.var + self.eps), batch.mean)
+
+    ours, theirs = Renamed("n c [...]", c=3, running="c"), nn.BatchNorm1d(3)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5) + 2
+        close(ours(x), theirs(x), 1e-5)
+    close(ours.running_var, theirs.running_var, 1e-6)
+    close(ours.eval()(x), theirs.eval()(x), 1e-5)
+
+
+def test_track_running_stats_can_be_switched_off_as_in_torch():
+    ours, theirs = rn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for layer in (ours, theirs):
+        layer.track_running_stats = False
+        layer(torch.randn(5, 3) + 9)
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+
+
+def test_swa_finds_and_updates_our_layers():
+    """`update_bn` looks for torch's classes; ours are among them."""
+    torch.manual_seed(0)
+    data = [torch.randn(6, 4) for _ in range(5)]
+    ours, theirs = (nn.Sequential(layer) for layer in (rn.BatchNorm1d(4), nn.BatchNorm1d(4)))
+    for model in (ours, theirs):
+        torch.optim.swa_utils.update_bn(data, model)
+    close(ours[0].running_mean, theirs[0].running_mean, 1e-6)
+    close(ours[0].running_var, theirs[0].running_var, 1e-6)
+
+
+def test_checkpoints_from_before_num_batches_tracked_load():
+    old = nn.BatchNorm1d(3).state_dict()
+    del old["num_batches_tracked"]
+    old._metadata[""]["version"] = 1
+    rn.BatchNorm1d(3).load_state_dict(old)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_backends_by_argument(backend):
+    layer, x = rn.GroupNorm(2, 6, backend=backend), torch.randn(3, 6, 5)
+    assert layer.kernel(x) == {"reference": "reference", "torch": "torch.group_norm"}[backend]
+    close(layer(x), nn.GroupNorm(2, 6)(x), 1e-6)
+    assert f"backend='{backend}'" in repr(layer)
+
+
+def test_backend_by_environment(monkeypatch):
+    layer, x = rn.LayerNorm(6), torch.randn(3, 6)
+    assert layer.kernel(x) == "torch.layer_norm"
+    monkeypatch.setenv("RENORM_BACKEND", "reference")
+    assert layer.kernel(x) == "reference"
+    assert rn.LayerNorm(6, backend="torch").kernel(x) == "torch.layer_norm"
+    monkeypatch.setenv("RENORM_BACKEND", "fast")
+    with pytest.raises(BackendError, match="one of auto, reference, torch; got 'fast'"):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda: rn.SwitchNorm2d(6, backend="torch"), "no kernel for a solve of its own"),
+        (lambda: rn.Norm("n [c] ...", c=6, backend="torch"), "no kernel for this pattern"),
+        (lambda: rn.Norm("n [c ...]", center=False, c=6, backend="torch"), "rms_norm is over trailing axes"),
+        (lambda: rn.InstanceNorm2d(6, track_running_stats=True, backend="torch"), "does not hand out the moments"),
+        (lambda: rn.GroupNorm(2, 6, backend="torch", dtype=torch.float64), "parameters' dtype"),
+    ],
+)
+def test_a_backend_that_cannot_run_says_why(layer, words):
+    with pytest.raises(BackendError, match=words):
+        layer()(torch.randn(2, 6, 4, 4))
+    with pytest.raises(BackendError, match="take no mask"):
+        rn.LayerNorm(4, backend="torch")(torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_explain_and_repr_say_what_ran():
+    layer, x = rn.BatchNorm2d(4), torch.randn(2, 4, 3, 3)
+    assert rn.kernels.explain(layer, x).startswith("kernel: torch.batch_norm\n[n] c [...] on 2x4x3x3: 4 sets of 18")
+    assert rn.kernels.explain(layer, x, torch.ones(1, dtype=torch.bool)).startswith("kernel: reference\n")
+    assert "kernel=" not in repr(layer)
+    layer(x)
+    assert "kernel=torch.batch_norm" in repr(layer)
+
+
+def test_rank_beyond_those_bound_ahead():
+    x = torch.randn(2, 3, 1, 2, 1, 2, 1, 3)
+    close(rn.BatchNorm(3)(x), nn.BatchNorm1d(3)(x.view(2, 3, -1)).view(x.shape), 1e-5)
+
+
+def test_inductor_trains_the_same_network():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(2, 8, 3),
+        rn.BatchNorm2d(8, momentum=None),
+        nn.ReLU(),
+        rn.GroupNorm(2, 8),
+        rn.SwitchNorm2d(8),
+        rn.Norm("n [c] ...", c=8),
+    )
+    compiled_model = copy.deepcopy(plain)
+    compiled = torch.compile(compiled_model, fullgraph=True)
+    x = torch.randn(4, 2, 8, 8)
+    for model in (plain, compiled):
+        model(x).square().mean().backward()
+    for p, q in zip(plain.parameters(), compiled_model.parameters(), strict=True):
+        close(q.grad, p.grad, 1e-4)
+    for p, q in zip(plain.buffers(), compiled_model.buffers(), strict=True):
+        close(q, p, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        rn.BatchNorm2d(6),
+        rn.InstanceNorm2d(6),
+        rn.GroupNorm(3, 6),
+        rn.LayerNorm(7),
+        rn.RMSNorm(7),
+        rn.SwitchNorm2d(6),
+        rn.Norm("n [c] ...", c=6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_onnx_runtime_computes_what_we_do(layer):
+    x = torch.randn(3, 6, 5, 7)
+    layer(x)
+    layer.eval()
+    file = io.BytesIO()
+    program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    other = torch.randn(5, 6, 5, 7)
+    (result,) = session.run(None, {session.get_inputs()[0].name: np.asarray(other)})
+    close(torch.from_numpy(result), layer(other), 1e-5)
