@@ -161,9 +161,10 @@ def _svg(pattern: str, depth: _Edge, right: _Edge, down: _Edge) -> str:
     caption = 7.3 * len(f"{pattern}: {words}") + _LEFT + _RIGHT  # px, of the monospaced font at 12 px
     width = max(width, caption)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
-        f'role="img" aria-label="{escape(f"{pattern}: {words}")}" font-family="ui-monospace, DejaVu Sans Mono, monospace" '
-        f'font-size="12" fill="currentColor">{body}{"".join(labels)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" role="img" aria-label="{escape(f"{pattern}: {words}")}" '
+        f'font-family="ui-monospace, DejaVu Sans Mono, monospace" font-size="12" fill="currentColor">'
+        f"{body}{''.join(labels)}</svg>"
     )
 
 

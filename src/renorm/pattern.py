@@ -253,6 +253,7 @@ class Partition:
     kept: tuple[int, ...]  # the other axes: they number the sets
     weighted: tuple[int, ...]  # axes the parameters run along
     demands: tuple[tuple[int, int, bool], ...]  # (dimension, size, exactly or as a multiple) that must hold
+    splits: tuple[tuple[int, tuple[int, ...]], ...]  # (dimension, sizes of its axes, -1 for the open one), last first
 
     def __hash__(self) -> int:
         return hash((self.pattern.text, self.rank, self.sizes, self.weighted))
@@ -297,10 +298,8 @@ class Partition:
 
     def view(self, x: Tensor) -> Tensor:
         """The split view of `x`: never a copy."""
-        for dim in range(self.rank - 1, -1, -1):
-            sizes = [-1 if s is None else s for s, d in zip(self.sizes, self.dims, strict=True) if d == dim]
-            if len(sizes) > 1:
-                x = x.unflatten(dim, sizes)
+        for dim, sizes in self.splits:
+            x = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
         return x
 
 
@@ -316,6 +315,7 @@ def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], 
         )
     axes: list[tuple[str, int, bool]] = []
     demands: list[tuple[int, int, bool]] = []
+    splits: list[tuple[int, tuple[int, ...]]] = []
     dim = 0
     for parts in pattern.dims:
         if parts[0].name == "...":
@@ -326,6 +326,8 @@ def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], 
         known = [given[axis.name] for axis in parts if axis.name in given]
         if known:
             demands.append((dim, math.prod(known), len(known) == len(parts)))
+        if len(parts) > 1:
+            splits.append((dim, tuple(given.get(axis.name, -1) for axis in parts)))
         dim += 1
     reduced = [is_reduced for _, _, is_reduced in axes]
     return Partition(
@@ -338,6 +340,7 @@ def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], 
         kept=tuple(i for i in range(len(axes)) if not reduced[i]),
         weighted=tuple(i for i, (name, _, _) in enumerate(axes) if name in weighted),
         demands=tuple(demands),
+        splits=tuple(reversed(splits)),
     )
 
 

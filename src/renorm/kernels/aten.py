@@ -16,7 +16,7 @@ from torch import Tensor
 from renorm.kernels.moments import Moments
 from renorm.pattern import Partition
 
-__all__ = ["batch_norm", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
+__all__ = ["batch_norm", "batch_norm_in_training", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
 
 # Roles of the split view's axes, see Partition.roles. The order matters: the first that fits is the fastest.
 _FORMS = (
@@ -35,28 +35,25 @@ def layer_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor |
     """`F.layer_norm` over the reduced axes, which come last."""
     v = part.view(x)
     shape = v.shape[part.reduced[0] :]
-    weight = None if weight is None else weight.reshape(shape)
-    bias = None if bias is None else bias.reshape(shape)
-    return _like(F.layer_norm(v, shape, weight, bias, eps).reshape(x.shape), x)
+    return _like(F.layer_norm(v, shape, _shaped(weight, shape), _shaped(bias, shape), eps), x)
 
 
 def rms_norm(x: Tensor, part: Partition, weight: Tensor | None, eps: float) -> Tensor:
     """`F.rms_norm` over the reduced axes, which come last."""
     v = part.view(x)
     shape = v.shape[part.reduced[0] :]
-    weight = None if weight is None else weight.reshape(shape)
-    return _like(F.rms_norm(v, shape, weight, eps).reshape(x.shape), x)
+    return _like(F.rms_norm(v, shape, _shaped(weight, shape), eps), x)
 
 
 def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`F.group_norm` on (samples, channels, positions)."""
     split = part.view(x).shape
-    letters = part.roles
     samples, groups, channels, positions = [
-        math.prod([size for size, letter in zip(split, letters, strict=True) if letter == role]) for role in "kKRr"
+        math.prod([size for size, letter in zip(split, part.roles, strict=True) if letter == role]) for role in "kKRr"
     ]
-    v = x.reshape(samples, groups * channels, positions)
-    return _like(F.group_norm(v, groups, weight, bias, eps).reshape(x.shape), x)
+    as_it_is = x.shape[:2] == (samples, groups * channels)
+    v = x.contiguous() if as_it_is else x.reshape(samples, groups * channels, positions)
+    return _like(F.group_norm(v, groups, weight, bias, eps), x)
 
 
 def batch_norm(
@@ -75,7 +72,23 @@ def batch_norm(
     shape = [1 if i in part.reduced else size for i, size in enumerate(split)]
     count = mean.new_full([1] * len(split), n, dtype=torch.float32)
     var = unbiased * ((n - 1) / max(n, 1))
-    return _like(y.reshape(x.shape), x), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
+    return _like(y, x), Moments(count, mean.reshape(shape), var.reshape(shape), part.names)
+
+
+def batch_norm_in_training(
+    x: Tensor,
+    part: Partition,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`F.batch_norm` with running mean and variance, and what these would become; they themselves are not touched."""
+    # Clones: autograd keeps what torch is given here, and a later change of it would be an error in backward.
+    mean, var = running[0].clone(), running[1].clone()
+    y = F.batch_norm(_channels_second(x, part), mean, var, weight, bias, True, momentum, eps)
+    return _like(y, x), mean, var
 
 
 def fixed_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -85,7 +98,7 @@ def fixed_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def _channels_second(x: Tensor, part: Partition) -> Tensor:
     """`x` itself where dimension 1 is the kept one, so that channels_last and deployment tools see through."""
-    if x.dim() >= 2 and {part.dims[i] for i in part.kept} == {1}:
+    if [part.dims[i] for i in part.kept] == [1]:
         return x
     roles = part.roles.lower()
     first, last = roles.index("k"), roles.rindex("k") + 1
@@ -94,11 +107,23 @@ def _channels_second(x: Tensor, part: Partition) -> Tensor:
     return x.reshape(shape if last < len(split) else shape[:2])
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _shaped(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return parameter if parameter is None or parameter.shape == shape else parameter.reshape(shape)
+
+
 def _like(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in x's dtype (autocast may have widened it), and in channels_last where x is."""
-    y = y.to(x.dtype)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    layout = formats.get(x.dim())
-    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+    """`y` in x's shape and dtype (autocast may have widened it), and in channels_last where x is."""
+    # Each of these is a node in the graph of the backward pass: only where something changes.
+    if y.shape != x.shape:
+        y = y.reshape(x.shape)
+    if y.dtype != x.dtype:
+        y = y.to(x.dtype)
+    if x.is_contiguous():
+        return y
+    layout = _CHANNELS_LAST.get(x.dim())
+    if layout is None or not x.is_contiguous(memory_format=layout):
         return y
     return y.contiguous(memory_format=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class Moments:
     0, mean 0 and variance 1, so that nothing divides by zero and it weighs nothing in a merge.
     """
 
-    count: Tensor  # real entries in each set; may be broadcast
+    count: Tensor  # real entries in each set; one number where there is no mask
     mean: Tensor
     var: Tensor  # biased: divided by count
     names: tuple[str, ...]  # of the axes
@@ -42,9 +43,12 @@ class Moments:
         The layer-norm moments of ``n c [...]`` are ``merge("c")``, the batch-norm moments ``merge("n")``.
         """
         dims = tuple(self.names.index(name) for name in names)
-        count = self.count.expand(self.mean.shape)
-        total = count.sum(dims, keepdim=True)
-        weight = count / total.clamp(min=1)
+        if self.count.numel() == 1:  # without a mask every set has the same count
+            mean = self.mean.mean(dims, keepdim=True)
+            var = (self.var + (self.mean - mean).square()).mean(dims, keepdim=True)
+            return Moments(self.count * math.prod([self.mean.shape[dim] for dim in dims]), mean, var, self.names)
+        total = self.count.sum(dims, keepdim=True)
+        weight = self.count / total.clamp(min=1)
         mean = (weight * self.mean).sum(dims, keepdim=True)
         var = (weight * (self.var + (self.mean - mean).square())).sum(dims, keepdim=True)
         return Moments(total, mean, torch.where(total > 0, var, 1), self.names)

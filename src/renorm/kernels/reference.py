@@ -42,6 +42,8 @@ def measure(x: Tensor, part: Partition, *, mask: Tensor | None = None, about_zer
     if about_zero:
         var = average(v.square())
         return Moments(count, torch.zeros_like(var), torch.where(count > 0, var, 1), part.names)
+    if not part.reduced:  # the ellipsis in brackets stands for nothing: each entry is its own mean
+        return Moments(count, v.to(dtype), torch.where(count > 0, torch.zeros_like(v, dtype=dtype), 1), part.names)
     pivot = average(v).detach().to(v.dtype)
     v = v - pivot
     rest = average(v)
@@ -95,7 +97,7 @@ def apply(
 
 
 def _sum(values: Tensor, part: Partition) -> Tensor:
-    # An ellipsis may stand for no axis at all, and torch's sum over no axes is a sum over all of them.
+    # Torch's sum over no axes is a sum over all of them.
     return values.sum(part.reduced, keepdim=True) if part.reduced else values
 
 

@@ -81,12 +81,11 @@ def _why_not_torch(
         return "torch has no kernel for this pattern"
     if about_zero and (op != "layer_norm" or bias is not None):
         return "torch's rms_norm is over trailing axes, without a bias"
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    if any(p is not None and p.dtype not in (x.dtype, wide) for p in (weight, bias)):
-        return "the parameters' dtype is not the input's"
-    mixed = weight is not None and weight.dtype != x.dtype
-    if mixed and (about_zero or (op != "batch_norm" and x.device.type != "cpu")):
-        return "this torch kernel wants parameters of the input's dtype"
+    if weight is not None and weight.dtype != x.dtype:
+        if weight.dtype != torch.float32 or x.dtype not in (torch.float16, torch.bfloat16):
+            return "the parameters' dtype is not the input's"
+        if about_zero or (op != "batch_norm" and x.device.type != "cpu"):
+            return "this torch kernel wants parameters of the input's dtype"
     if x.numel() == 0:
         return "the input has no entries"
     return None

@@ -156,6 +156,7 @@ class Norm(nn.Module):
         self.sizes = dict(sizes)
         self._weight_axes = weight
         self._running_axes = running
+        self._plain = type(self).solve is Norm.solve
         self._kernel = ""  # that ran last, for repr
         self._bounds: dict[int, _Bound] = {}
         # Bound ahead of the first call, so that a compiler meets finished plans only.
@@ -180,19 +181,25 @@ class Norm(nn.Module):
         part = bound.part
         if mask is not None:
             mask = _expand(mask, x)
-        plain = type(self).solve is Norm.solve
-        if plain and self._uses_running(part, x):
+        weight, bias, eps = self.weight, self.bias, self._eps(x)
+        if self._plain and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
         self._remember(kernel)
-        if not plain:
+        if not self._plain:
             moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
-            return reference.apply(x, part, self.solve(moments), self.weight, self.bias, mask=mask)
-        y, batch = select.normalize(
-            x, part, kernel, self.weight, self.bias, self._eps(x), about_zero=not self.center, mask=mask
-        )
-        if batch is not None and self._tracks():
-            self._track(batch, bound)
+            return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
+        running = self._running()
+        if running is None:
+            y, _ = select.normalize(x, part, kernel, weight, bias, eps, about_zero=not self.center, mask=mask)
+        elif kernel == "torch.batch_norm" and self.unbiased and self.momentum is not None:
+            y, *new = aten.batch_norm_in_training(x, part, weight, bias, eps, running, self.momentum)
+            if not running_statistics.recomputing():
+                running_statistics.commit(running, (new[0], new[1]), self.num_batches_tracked)
+        else:
+            y, batch = select.normalize(x, part, kernel, weight, bias, eps, about_zero=not self.center, mask=mask)
+            assert batch is not None
+            self._track(running, batch, bound)
         return y
 
     def solve(self, moments: Moments) -> Affine:
@@ -207,8 +214,9 @@ class Norm(nn.Module):
         """Remember `batch` and return it in training; return the running moments in evaluation."""
         bound = next(bound for bound in self._bounds.values() if bound.part.names == batch.names)
         if self.running_mean is None or self._learns():
-            if self._tracks():
-                self._track(batch, bound)
+            running = self._running()
+            if running is not None:
+                self._track(running, batch, bound)
             return batch
         mean, var = self._running_moments(bound, batch.mean.dtype)
         return Moments(batch.count, mean, var, batch.names)
@@ -224,7 +232,7 @@ class Norm(nn.Module):
     def kernel(self, x: Tensor, mask: Tensor | None = None) -> str:
         """The name of the kernel that runs for this input, in the mode the layer is in."""
         bound = self._bound(x)
-        if type(self).solve is Norm.solve and self._uses_running(bound.part, x):
+        if self._plain and self._uses_running(bound.part, x):
             return self._choose_fixed(x, bound, mask)
         return self._choose(x, bound, mask)
 
@@ -264,9 +272,11 @@ class Norm(nn.Module):
         """Whether statistics come from the input although running ones exist."""
         return self.training and not self.frozen
 
-    def _tracks(self) -> bool:
-        """Whether this forward moves the running statistics."""
-        return self.running_mean is not None and self.track_running_stats and self._learns()
+    def _running(self) -> tuple[Tensor, Tensor] | None:
+        """The running mean and variance, where this forward moves them."""
+        if self.running_mean is None or self.running_var is None or not (self.track_running_stats and self._learns()):
+            return None
+        return self.running_mean, self.running_var
 
     def _uses_running(self, part: Partition, x: Tensor) -> bool:
         if self.running_mean is not None and not self._learns():
@@ -298,12 +308,11 @@ class Norm(nn.Module):
 
     def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
         """What in this layer keeps torch's kernels from computing it."""
-        if type(self).solve is not Norm.solve:
+        if not self._plain:
             return "torch has no kernel for a solve of its own"
         if bound.op != "batch_norm":
-            return (
-                "torch's kernel does not hand out the moments that running statistics need" if self._tracks() else None
-            )
+            tracks = self._running() is not None
+            return "torch's kernel does not hand out the moments that running statistics need" if tracks else None
         return "torch's kernel wants more than one value" if self._set_size(bound.part, x) == 1 else None
 
     def _set_size(self, part: Partition, x: Tensor) -> int:
@@ -338,13 +347,10 @@ class Norm(nn.Module):
         return self.running_mean.reshape(shape).to(wide), self.running_var.reshape(shape).to(wide)
 
     @torch.no_grad()
-    def _track(self, batch: Moments, bound: _Bound) -> None:
-        if running_statistics.recomputing():
-            return
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
-        running_statistics.update(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum, pooled)
+    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: _Bound) -> None:
+        if not running_statistics.recomputing():
+            pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
+            running_statistics.update(running, self.num_batches_tracked, self.momentum, pooled)
 
 
 def _weighted_axes(pattern: Pattern, weight: str | None) -> tuple[str, ...]:

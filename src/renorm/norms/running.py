@@ -14,7 +14,7 @@ from torch import Tensor
 from renorm.kernels.moments import Moments
 from renorm.pattern import Partition
 
-__all__ = ["pool", "recomputing", "update"]
+__all__ = ["commit", "pool", "recomputing", "update"]
 
 
 def recomputing() -> bool:
@@ -47,26 +47,34 @@ def pool(
     return (*average(moments.mean, has_mean), *average(var, has_var))
 
 
+def commit(running: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], num_batches_tracked: Tensor | None) -> None:
+    """Take over the new running mean and variance, if every entry of both is finite."""
+    finite = torch.stack(new).isfinite().all()
+    for old, value in zip(running, new, strict=True):
+        old.copy_(torch.where(finite, value, old))
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(finite)
+
+
 def update(
-    running_mean: Tensor,
-    running_var: Tensor,
+    running: tuple[Tensor, Tensor],
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     pooled: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Move the running statistics towards what `pool` gave, in place and without a look at their values."""
+    """Move the running mean and variance towards what `pool` gave, in place and without a look at their values."""
     mean, has_mean, var, has_var = pooled
     finite = mean.isfinite().all() & var.isfinite().all() & has_mean.any()
-    factor: float | Tensor
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
+        num_batches_tracked.add_(finite)
+    factor: float | Tensor
     if momentum is not None:
         factor = momentum
     elif num_batches_tracked is not None:
         factor = 1.0 / num_batches_tracked.clamp(min=1).to(mean.dtype)
     else:
         return
-    for running, value, valid in ((running_mean, mean, has_mean), (running_var, var, has_var)):
-        old = running.flatten()
-        new = factor * value.to(old.dtype) + (1 - factor) * old
-        running.copy_(torch.where(finite & valid, new.to(old.dtype), old).view_as(running))
+    for old, value, valid in zip(running, (mean, var), (has_mean, has_var), strict=True):
+        flat = old.flatten()
+        new = factor * value.to(flat.dtype) + (1 - factor) * flat
+        old.copy_(torch.where(finite & valid, new.to(flat.dtype), flat).view_as(old))

@@ -75,7 +75,7 @@ class _Batch(Norm, TorchBatchNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; see `Norm`."""
-        self._check_input_dim(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         return super().forward(x, mask)
 
 
@@ -148,7 +148,7 @@ class _Instance(Norm, TorchInstanceNorm):
         super(Norm, self).__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
-        rank: int = self._get_no_batch_dim()
+        rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         known = affine or track_running_stats
         self._define(
             {rank: "c [...]", rank + 1: "n c [...]"},
@@ -161,8 +161,8 @@ class _Instance(Norm, TorchInstanceNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; see `Norm`."""
-        self._check_input_dim(x)
-        channels = x.shape[-self._get_no_batch_dim()]
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        channels = x.shape[-self._get_no_batch_dim()]  # type: ignore[no-untyped-call]
         if channels != self.num_features and not self.sizes:
             warnings.warn(
                 f"the input has {channels} channels and the layer {self.num_features}; nothing depends on it while "
