@@ -1,0 +1,1 @@
+"""The other choices of a network: models, activations, optimizers; thin registries over torch."""

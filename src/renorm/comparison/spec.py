@@ -63,7 +63,8 @@ class TrialResult:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values; nan and inf are written as strings."""
-        return _encode(asdict(self))
+        encoded: dict[str, Any] = _encode(asdict(self))
+        return encoded
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrialResult:
@@ -89,7 +90,8 @@ class StudyRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""
-        return _encode(asdict(self))
+        encoded: dict[str, Any] = _encode(asdict(self))
+        return encoded
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> StudyRecord:

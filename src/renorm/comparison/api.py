@@ -1,0 +1,280 @@
+"""The comparison from Python, and what the command line calls."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from renorm.comparison import data, tuning
+from renorm.comparison.comparison import Comparison
+from renorm.comparison.data import Splits
+from renorm.comparison.given import Given, GivenModel
+from renorm.comparison.progress import progress as show_progress
+from renorm.comparison.reference import Reference
+from renorm.comparison.run import Build, check_backend, missing, num_jobs, run
+from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec
+from renorm.comparison.store import Store
+from renorm.comparison.study import Study, grid
+from renorm.comparison.trial import build_model
+from renorm.errors import DataError, RenormError, StudyError
+
+__all__ = ["FOLDER", "compare", "run_study"]
+
+FOLDER = "renorm-runs"
+
+Names = str | Sequence[str]
+Numbers = float | Sequence[float]
+
+
+def compare(
+    model: str | GivenModel,
+    train: Any,
+    valid: Any = None,
+    test: Any = None,
+    *,
+    norm: Names = ("none", "batch", "layer", "group", "rms", "switch"),
+    batch_size: int | Sequence[int] = (32,),
+    lr: Numbers | None = None,
+    lr_scale: str = "linear",
+    tune_lr: bool = False,
+    optimizer: Names = ("sgd",),
+    activation: Names = ("relu",),
+    seeds: int | Sequence[int] = 3,
+    epochs: int = 15,
+    target: str | None = None,
+    task: str = "auto",
+    replace: str = "any",
+    name: str | None = None,
+    folder: str | Path | None = None,
+    jobs: int | None = None,
+    backend: str = "loky",
+    progress: bool = True,
+) -> Comparison:
+    """Train ``model`` with each norm, from the same weights on the same samples, and say what that shows.
+
+    Results are kept in ``folder/name`` as they arrive: the same call after an interruption goes on from
+    there, and reads what is kept. Trials run in processes of their own, which need not import your script
+    again.
+
+    Args:
+        model: a module, a function without arguments that builds one, a built-in name ("mlp", "cnn",
+            "resnet", "transformer"), or "module:function". The norms of a module are replaced by
+            :func:`renorm.swap`; its other weights are where every trial starts from. A builder gives new
+            weights for each seed.
+        train: the training part: (x, y) as arrays or tensors, or a torch Dataset; or all data as a source for
+            :func:`renorm.comparison.data.load`: "digits", "table.csv", a folder of images.
+        valid: the validation part; it draws the learning curves and chooses the learning rate.
+        test: the test part, which is read once, at the end. Without one the validation part gives the scores.
+        norm: norms by name: "none", "batch", "layer", "instance", "group", "group(32)", "rms", "switch".
+        batch_size: samples a step.
+        lr: learning rates at batch size 32 (0.1 if left out); with ``tune_lr`` the rates that are tried.
+        lr_scale: "linear" scales the rate by batch_size / 32; "none" takes it as it is.
+        tune_lr: choose the rate for each norm and batch size by the validation part.
+        optimizer: optimizers by name: "sgd", "momentum", "adam", "adamw", ...
+        activation: activations by name; for built-in models only.
+        seeds: how many seeds, or the seeds themselves.
+        epochs: passes over the training part.
+        target: the column to predict, where ``train`` names a table.
+        task: "classification", "regression", or "auto" to see it from the targets.
+        replace: which of the module's norms give way: the left side of a rule of :func:`renorm.swap`.
+        name: the study's name, and its folder's.
+        folder: where studies are kept; ``renorm-runs`` in the current folder if left out.
+        jobs: how many trials run at the same time; one for each core if left out.
+        backend: joblib's backend: "loky", "dask" or "ray".
+        progress: show how far it is, and the time left.
+
+    Raises:
+        StudyError: a setting is wrong.
+        DataError: the data cannot be used.
+        SwapError: the module has no norm that ``replace`` names.
+        Interrupted: at Ctrl-C (a KeyboardInterrupt); what has arrived is kept.
+        OSError: the folder cannot be written; what has arrived is kept.
+    """
+    given = None if isinstance(model, str) else Given(model, replace)
+    settings: dict[str, Any] = {
+        "data": train if isinstance(train, str) else "python",
+        "model": f"python:{given.name}" if given else model,
+        "norm": norm, "batch_size": batch_size, "lr_scale": lr_scale, "tune_lr": tune_lr,
+        "optimizer": optimizer, "activation": activation, "seeds": seeds, "epochs": epochs, "target": target,
+        "task": task, "name": name or "",
+    }  # fmt: skip
+    study = Study(**settings, **({} if lr is None else {"lr": lr}))
+    splits = _from_parts(study, train, valid, test)
+    return run_study(
+        study, splits=splits, given=given, out=folder or FOLDER, jobs=jobs, backend=backend, progress=progress
+    )
+
+
+def run_study(
+    study: Study,
+    *,
+    splits: Splits | None = None,
+    given: Given | None = None,
+    out: str | Path = FOLDER,
+    jobs: int | None = None,
+    backend: str = "loky",
+    progress: bool = True,
+) -> Comparison:
+    """Run what a study still lacks and give back the comparison; its folder is ``out/study.name``.
+
+    ``splits`` and ``given`` stand for ``study.data`` and ``study.model`` where these are Python objects. All
+    that can be wrong with the settings, the data and the model is seen before anything is written.
+
+    Raises:
+        As :func:`compare` does.
+    """
+    check_backend(backend)
+    num_jobs(jobs)
+    prepared = _load(study) if splits is None else splits
+    command = study.command() if splits is None and given is None else _call(study)
+    if given is None and ":" in study.model:
+        given = Given(Reference(study.model))
+    if given and study.activation != ("relu",):
+        raise StudyError("activation is for built-in models: a model of your own brings its own; leave it out")
+    identity = given.identify() if given else study.model
+    console = Console(stderr=True, quiet=not progress)
+    work = _Work(study, prepared, given, identity, command, jobs, backend, console)
+    first = work.grid(test=not study.tune_lr)
+    record = work.record(first)
+    with Store(Path(out) / study.name).open() as store:
+        work.announce(record, len(first))
+        store.write_data(prepared)
+        store.write_record(record)
+        if not study.tune_lr:
+            results = work.run("training", first, store)
+        else:
+            record, results = _tuned(work, record, first, store)
+        return Comparison(record, results, store.folder, tuple(store.notes))
+
+
+def _tuned(
+    work: _Work, record: StudyRecord, candidates: tuple[TrialSpec, ...], store: Store
+) -> tuple[StudyRecord, tuple[TrialResult, ...]]:
+    """Two phases: every rate without the test part, then the chosen rates with it."""
+    choices = tuning.choose(work.run("tuning the learning rate", candidates, store))
+    chosen = tuple(
+        spec
+        for spec in work.grid(test=True)
+        if any(choice.covers(spec) and choice.base_lr == spec.base_lr for choice in choices)
+    )
+    settings = {**record.settings, "tuning": [choice.text() for choice in choices]}
+    record = changed(record, settings=settings, keys=tuple(spec.key for spec in chosen))
+    store.write_record(record)
+    return record, work.run("training", chosen, store)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every phase of a study needs."""
+
+    study: Study
+    splits: Splits
+    given: Given | None  # the model, where it is a Python object
+    identity: str  # what the specs call the model
+    command: str  # what to type to run it again
+    jobs: int | None  # trials at the same time; None for one a core
+    backend: str  # joblib's
+    console: Console  # where progress is shown
+
+    @property
+    def build(self) -> Build:
+        return self.given or build_model
+
+    def grid(self, *, test: bool) -> tuple[TrialSpec, ...]:
+        return grid(self.study, self.splits, model=self.identity, test=test)
+
+    def run(self, label: str, specs: Sequence[TrialSpec], store: Store) -> tuple[TrialResult, ...]:
+        todo = missing(specs, store)
+        num_train = len(self.splits.x_train)
+        with show_progress(self.console, label, todo, len(specs) - len(todo), num_train) as show:
+            return run(specs, store, jobs=self.jobs, backend=self.backend, build=self.build, on_result=show)
+
+    def announce(self, record: StudyRecord, num_trials: int) -> None:
+        numbers = "{num_train} training, {num_valid} validation and {num_test} test samples"
+        where = numbers.format_map(record.data)
+        lines = [f"{record.name}: {where}; {num_trials} trials, {num_jobs(self.jobs)} at a time"]
+        lines += [f"note: {note}" for note in record.data["notes"]]
+        self.console.print("\n".join(lines), markup=False, highlight=False)
+
+    def record(self, specs: Sequence[TrialSpec]) -> StudyRecord:
+        described = self.splits.describe()
+        notes = [*described.get("notes", ()), *(self.given.notes(self.study.norm) if self.given else ())]
+        return StudyRecord(
+            name=self.study.name,
+            task=self.splits.task,
+            settings=self.study.settings(),
+            data={**described, "notes": notes},
+            model=_in_words(self.build, specs, self.splits),
+            versions=_versions(),
+            command=self.command,
+            keys=tuple(spec.key for spec in specs),
+        )
+
+
+def _load(study: Study) -> Splits:
+    dataset = data.load(study.data, target=study.target, task=study.task)
+    return data.split(dataset, seed=study.split_seed, valid=study.valid, test=study.test)
+
+
+def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | None:
+    """The parts that were given as objects; None where ``train`` names all data."""
+    if isinstance(train, str):
+        if valid is not None or test is not None:
+            raise DataError(
+                "valid and test must be left out where train is a data source, which is split by itself; "
+                "to bring your own parts, pass each as (x, y)"
+            )
+        return None
+    if valid is None:
+        raise DataError("valid must be given where train is no data source: pass a part that is held out")
+    return data.from_parts(train, valid, test, task=study.task)
+
+
+def _in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits) -> str:
+    """The first model that can be built, one line a layer.
+
+    A norm that the model cannot take will be a row that says so; an error is raised if none can be built.
+    """
+    errors: list[RenormError] = []
+    for spec in {spec.norm: spec for spec in reversed(specs)}.values():
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return _layers(build(spec, splits))
+            except RenormError as error:
+                errors.append(error)
+            except Exception as error:
+                return f"cannot be built with {spec.norm}: {type(error).__name__}: {error}"
+    raise errors[-1]
+
+
+def _layers(model: nn.Module) -> str:
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    return "\n".join(f"{name}: {module!r}" if name else repr(module) for name, module in leaves)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "renorm": importlib.metadata.version("renorm"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _call(study: Study) -> str:
+    """What to write in Python; the objects themselves cannot be written down."""
+    shown = ("norm", "batch_size", "lr", "tune_lr", "optimizer", "seeds", "epochs", "name")
+    settings = ", ".join(f"{key}={getattr(study, key)!r}" for key in shown)
+    return f"renorm.compare(model, train, valid, test, {settings})"

@@ -1,0 +1,192 @@
+"""The trials of a comparison by setting: a row for each norm, and the best norm against each other one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from renorm.comparison.score import Estimate, Score, estimate
+from renorm.comparison.spec import TrialResult, TrialSpec
+
+__all__ = ["Cell", "Comparison", "Row", "Setting", "cells_of", "ending", "paired"]
+
+SIGNIFICANCE = 0.05
+LEAST_PAIRS = 3
+
+# "open": no difference to the best is shown; "untested": fewer than three pairs; "survivor": lower than the
+# best in the seeds it finished, but it did not finish them all; "unfinished": no score at all.
+Place = Literal["best", "open", "worse", "survivor", "untested", "unfinished"]
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """Everything of a trial but its norm and seed; norms are compared within one setting."""
+
+    optimizer: str  # "sgd", "adam", ...
+    activation: str  # "relu", ...
+    base_lr: float | None  # the rate the study names; None where each norm has its own, tuned one
+    batch_size: int  # samples a step
+
+
+@dataclass(frozen=True)
+class Row:
+    """One norm in one setting, over its seeds."""
+
+    norm: str  # as the study writes it: "group(32)"
+    setting: Setting
+    base_lr: float  # the rate the study names, or the one tuning chose for this norm
+    score: Estimate  # over the seeds that finished
+    by_seed: dict[int, float]  # seed -> score, of the seeds that finished
+    num_trials: int  # how many seeds have a result of any kind
+    counts: dict[str, int]  # status -> how many seeds
+    reasons: tuple[str, ...]  # why the others did not finish, each reason once
+    seconds_per_step: float  # median over the seeds that finished
+    peak_memory_mb: float  # median over the seeds that finished
+    num_parameters: int  # of the model with this norm; 0 where none was built
+    place: Place  # against the best of its setting
+
+    @property
+    def status(self) -> str:
+        """How its trials ended, in words: "3 of 3", "2 of 3, 1 diverged", "refused"."""
+        others = {name: num for name, num in self.counts.items() if name != "ok"}
+        if not self.score.num and len(others) == 1:
+            return next(iter(others))
+        words = [f"{num} {name}" for name, num in others.items()]
+        return ", ".join([f"{self.score.num} of {self.num_trials}", *words])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The best norm of a setting against another one, by differences between trials of the same seed."""
+
+    setting: Setting
+    best: str  # the norm with the lowest mean
+    other: str  # the norm it is compared with
+    difference: Estimate  # other minus best, over the seeds both finished; its p is the paired t-test's
+    p_corrected: float  # by Holm's method over the setting's comparisons; nan where not tested
+    shown: bool  # whether a difference is shown: at least three pairs and a corrected p below 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All norms in one setting."""
+
+    setting: Setting
+    rows: tuple[Row, ...]  # the best first; those without a score last
+    comparisons: tuple[Comparison, ...]  # the best row against each other one that has a score
+
+    @property
+    def best(self) -> Row | None:
+        """The row with the lowest mean; None where no trial finished."""
+        return next((row for row in self.rows if row.place == "best"), None)
+
+
+def cells_of(score: Score, trials: Sequence[TrialResult], *, tuned: bool = False) -> tuple[Cell, ...]:
+    """The trials by setting, ordered by optimizer, activation, rate and batch size.
+
+    `tuned`: each norm has a learning rate of its own, so the rate is no part of the setting.
+    """
+    groups: dict[Setting, dict[tuple[str, float], list[TrialResult]]] = {}
+    for trial in trials:
+        setting = _setting(trial.spec, tuned)
+        rows = groups.setdefault(setting, {})
+        rows.setdefault((trial.spec.norm, trial.spec.base_lr), []).append(trial)
+    return tuple(
+        _cell(score, setting, [_row(score, setting, group) for group in groups[setting].values()])
+        for setting in sorted(groups, key=_order)
+    )
+
+
+def paired(score: Score, one: Row, other: Row) -> Estimate:
+    """`one` minus `other` over the seeds both finished, with the paired t-test's p."""
+    seeds = [seed for seed in one.by_seed if seed in other.by_seed]
+    return estimate(
+        [one.by_seed[seed] - other.by_seed[seed] for seed in seeds],
+        # A number rounded to a step is uncertain by step / sqrt(12), a difference of two by step / sqrt(6).
+        least_spread=score.step / math.sqrt(6),
+    )
+
+
+def ending(score: Score, trial: TrialResult) -> tuple[str, str]:
+    """A trial's status and reason; one that ended "ok" without a finite score has failed all the same."""
+    if trial.status == "ok" and math.isnan(score.read(trial)):
+        return "failed", f"its {score.title} is not a finite number"
+    return trial.status, trial.reason
+
+
+def corrected(differences: Sequence[Estimate]) -> list[float]:
+    """Holm's corrected p of each difference; nan for one of fewer than three pairs, which is not tested."""
+    tested = sorted((d.p, index) for index, d in enumerate(differences) if d.num >= LEAST_PAIRS)
+    out, largest = [math.nan] * len(differences), 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        out[index] = largest
+    return out
+
+
+def _setting(spec: TrialSpec, tuned: bool) -> Setting:
+    return Setting(spec.optimizer, spec.activation, None if tuned else spec.base_lr, spec.batch_size)
+
+
+def _order(setting: Setting) -> tuple[str, str, float, int]:
+    return setting.optimizer, setting.activation, setting.base_lr or 0.0, setting.batch_size
+
+
+def _row(score: Score, setting: Setting, trials: Sequence[TrialResult]) -> Row:
+    endings = [ending(score, trial) for trial in trials]
+    done = [trial for trial, (status, _) in zip(trials, endings, strict=True) if status == "ok"]
+    by_seed = {trial.spec.seed: score.read(trial) for trial in done}
+    return Row(
+        norm=trials[0].spec.norm,
+        setting=setting,
+        base_lr=trials[0].spec.base_lr,
+        score=estimate(list(by_seed.values()), least_spread=score.step / math.sqrt(12)),
+        by_seed=by_seed,
+        num_trials=len(trials),
+        counts=dict(Counter(status for status, _ in endings)),
+        reasons=tuple(dict.fromkeys(reason for _, reason in endings if reason)),
+        seconds_per_step=_median(trial.seconds_per_step for trial in done),
+        peak_memory_mb=_median(trial.peak_memory_mb for trial in done),
+        num_parameters=max((trial.num_parameters for trial in trials), default=0),
+        place="unfinished",
+    )
+
+
+def _median(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else math.nan
+
+
+def _cell(score: Score, setting: Setting, rows: Sequence[Row]) -> Cell:
+    ranked = sorted((row for row in rows if row.score.num), key=lambda row: row.score.mean)
+    if not ranked:
+        return Cell(setting, tuple(rows), ())
+    # A norm that finished fewer seeds than others has a mean of the easier seeds: never call it the best.
+    most = max(row.score.num for row in ranked)
+    best = next(row for row in ranked if row.score.num == most)
+    others = [row for row in ranked if row is not best]
+    comparisons = _comparisons(score, best, others)
+    placed = [replace(best, place="best")]
+    placed += [replace(row, place=_place(c)) for row, c in zip(others, comparisons, strict=True)]
+    unfinished = [row for row in rows if not row.score.num]
+    return Cell(setting, (*placed, *unfinished), comparisons)
+
+
+def _comparisons(score: Score, best: Row, others: Sequence[Row]) -> tuple[Comparison, ...]:
+    differences = [paired(score, other, best) for other in others]
+    return tuple(
+        Comparison(best.setting, best.norm, other.norm, difference, p, p < SIGNIFICANCE)
+        for other, difference, p in zip(others, differences, corrected(differences), strict=True)
+    )
+
+
+def _place(comparison: Comparison) -> Place:
+    if math.isnan(comparison.p_corrected):
+        return "untested"
+    if not comparison.shown:
+        return "open"
+    return "worse" if comparison.difference.mean > 0 else "survivor"

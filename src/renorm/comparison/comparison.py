@@ -1,0 +1,133 @@
+"""What a comparison gives back: the table, the best norm, the sentence, the report."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from renorm.comparison import report
+from renorm.comparison.analysis import Analysis, analyse
+from renorm.comparison.cells import Cell, Row
+from renorm.comparison.spec import StudyRecord, TrialResult
+from renorm.comparison.store import Store
+from renorm.errors import StudyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Best", "Comparison"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The norm with the lowest mean score at one setting, and those it is not shown to be better than."""
+
+    row: Row  # the best one
+    not_different: tuple[Row, ...]  # no difference to the best is shown, or there are too few seeds to test it
+
+    @property
+    def norm(self) -> str:
+        """The best norm, as the study writes it: "group(32)"."""
+        return self.row.norm
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trials of a comparison and what they show."""
+
+    record: StudyRecord  # what was compared, on what data, with which settings and versions
+    results: tuple[TrialResult, ...]  # one for each trial, in the grid's order
+    folder: Path  # where the trials are kept
+    notes: tuple[str, ...] = ()  # what a user should know of this run
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """The comparison that a study's folder holds, as far as its trials have been run.
+
+        Raises:
+            StudyError: the folder holds no study.
+        """
+        store = Store(folder)
+        record = store.read_record()
+        results = store.read(record.keys)
+        return cls(record, tuple(results.values()), store.folder, tuple(store.notes))
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Means, intervals and paired differences; see :func:`renorm.comparison.analysis.analyse`."""
+        return analyse(self.record, self.results)
+
+    @property
+    def sentence(self) -> str:
+        """What the evidence supports, and what it does not."""
+        return self.analysis.sentence
+
+    def table(self) -> pd.DataFrame:
+        """One row for each norm and setting.
+
+        The score's columns are ``mean``, ``low`` and ``high`` (95% t-interval over seeds) and ``num_seeds``;
+        its name and unit stand in ``frame.attrs["score"]``.
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame([_columns(row) for row in self.analysis.rows])
+        frame.attrs["score"] = f"{self.analysis.score.title} ({self.analysis.score.key})"
+        return frame
+
+    def best(self, batch_size: int | None = None) -> Best:
+        """The best norm at ``batch_size``, or over all settings; with those it is not shown to differ from.
+
+        Norms are tested against each other within one setting only.
+
+        Raises:
+            StudyError: no trial has that batch size, or none finished.
+        """
+        cells = [cell for cell in self.analysis.cells if batch_size in (None, cell.setting.batch_size)]
+        finished = [cell for cell in cells if cell.best is not None]
+        if not finished:
+            sizes = ", ".join(map(str, self.analysis.batch_sizes))
+            why = "no trial finished" if cells else f"the batch sizes are {sizes}; got {batch_size}"
+            raise StudyError(f"there is no best norm: {why}")
+        return _best(min(finished, key=_mean))
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the report, one HTML file without outside parts; by default into the study's folder."""
+        return Path(report.write(self.record, self.results, Path(path or self.folder / "report.html")))
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        table = self.table().to_html(escape=True, index=False, float_format="{:.4g}".format)
+        return f"<p><b>{html.escape(self.sentence)}</b></p>{table}{notes}"
+
+
+def _mean(cell: Cell) -> float:
+    assert cell.best is not None
+    return cell.best.score.mean
+
+
+def _best(cell: Cell) -> Best:
+    assert cell.best is not None
+    return Best(cell.best, tuple(row for row in cell.rows if row.place in ("open", "untested")))
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    return {
+        "norm": row.norm,
+        "batch_size": row.setting.batch_size,
+        "optimizer": row.setting.optimizer,
+        "activation": row.setting.activation,
+        "lr": row.base_lr,
+        "mean": row.score.mean,
+        "low": row.score.low,
+        "high": row.score.high,
+        "num_seeds": row.score.num,
+        "place": row.place,
+        "status": row.status,
+        "reason": "; ".join(row.reasons),
+        "seconds_per_step": row.seconds_per_step,
+        "peak_memory_mb": row.peak_memory_mb,
+        "num_parameters": row.num_parameters,
+    }

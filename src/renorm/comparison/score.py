@@ -1,0 +1,170 @@
+"""The score a comparison ranks by, its estimate over seeds, and how many of its digits mean something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from renorm.comparison.spec import StudyRecord, TrialResult
+
+__all__ = ["Estimate", "Score", "estimate", "rounded"]
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the norms are ranked by: an error rate or a root mean squared error; lower is better."""
+
+    key: str  # "error" or "rmse": the name in TrialResult.test and .valid
+    part: str  # "test", or "validation" for a study without a test part
+    target: str  # the target column's name, the unit of an RMSE; may be empty
+    step: float  # the smallest amount the score can change by: 1 / samples for an error rate, else 0
+
+    @classmethod
+    def of(cls, record: StudyRecord) -> Score:
+        """The score of a study: of its test part, or of the validation part where there is no test part."""
+        part = "test" if int(record.data.get("num_test", 1)) else "validation"
+        classifies = record.task == "classification"
+        size = int(record.data.get("num_test" if part == "test" else "num_valid", 0))
+        return cls(
+            key="error" if classifies else "rmse",
+            part=part,
+            target=str(record.data.get("target") or ""),
+            step=1 / size if classifies and size else 0.0,
+        )
+
+    def read(self, result: TrialResult) -> float:
+        """The score of one trial; nan where it has none that is finite."""
+        value = (result.test if self.part == "test" else result.valid).get(self.key, math.nan)
+        return value if math.isfinite(value) else math.nan
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether the score is a share between 0 and 1, shown in percent."""
+        return self.key == "error"
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence: "test error", "validation RMSE"."""
+        return f"{self.part} {'error' if self.is_rate else 'RMSE'}"
+
+    @property
+    def unit(self) -> str:
+        """Its unit in a table's head: "%", or "units of price"."""
+        return "%" if self.is_rate else f"units of {self.target or 'the target'}"
+
+    @property
+    def factor(self) -> float:
+        """From the stored value to the shown one."""
+        return 100.0 if self.is_rate else 1.0
+
+    def text(self, value: Estimate) -> str:
+        """The mean, rounded to its uncertainty: "1.1%" or "54.1"."""
+        shown = rounded(value.mean * self.factor, value.half_width * self.factor)
+        return shown + "%" if self.is_rate and shown != "–" else shown
+
+    def interval(self, value: Estimate) -> str:
+        """The interval as "0.8 to 1.5", in the unit of :meth:`text`; a dash where there is none.
+
+        It is the mean's t-interval, which does not know that a rate ends at 0 and 1: it is shown cut there.
+        """
+        if not math.isfinite(value.half_width):
+            return "–"
+        low, high = self.clipped(value)
+        half = value.half_width * self.factor
+        return f"{rounded(low * self.factor, half)} to {rounded(high * self.factor, half)}"
+
+    def clipped(self, value: Estimate) -> tuple[float, float]:
+        """The interval's ends as they are shown: a rate cannot leave [0, 1], an RMSE cannot be negative."""
+        return max(value.low, 0.0), min(value.high, 1.0) if self.is_rate else value.high
+
+    def difference(self, value: Estimate) -> str:
+        """A difference with its interval: "+0.9 (0.2 to 1.6)", in percentage points or the target's unit."""
+        if not value.num:
+            return "–"
+        mean, low, high, half = (
+            number * self.factor for number in (value.mean, value.low, value.high, value.half_width)
+        )
+        text = rounded(mean, half, signed=True)
+        return f"{text} ({rounded(low, half)} to {rounded(high, half)})" if math.isfinite(half) else text
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its 95% t-interval."""
+
+    mean: float  # nan when there is nothing to average
+    low: float  # lower end of the interval; nan for fewer than two values
+    high: float  # upper end of the interval; nan for fewer than two values
+    num: int  # how many values were averaged
+    p: float  # of "the mean is zero", two-sided t-test; nan for fewer than two values
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's length."""
+        return (self.high - self.low) / 2
+
+
+def estimate(values: Sequence[float], least_spread: float = 0.0) -> Estimate:
+    """The mean of `values` with its 95% t-interval and the t-test against zero.
+
+    ``mean +- t(0.975, n - 1) * s / sqrt(n)``, where s is the standard deviation (n - 1), but at least
+    `least_spread`: scores that move in steps can agree by rounding, and no spread would then claim certainty.
+
+    >>> e = estimate([1.0, 2.0, 3.0])
+    >>> f"{e.mean:.2f} {e.low:.2f} {e.high:.2f} p={e.p:.3f}"
+    '2.00 -0.48 4.48 p=0.074'
+    """
+    num = len(values)
+    if num == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, math.nan)
+    mean = math.fsum(values) / num
+    if num == 1:
+        return Estimate(mean, math.nan, math.nan, 1, math.nan)
+    deviation = max(_deviation(values, mean), least_spread)
+    error = deviation / math.sqrt(num)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, num - 1)) * error
+    return Estimate(mean, mean - half, mean + half, num, _p(mean, error, num))
+
+
+def _deviation(values: Sequence[float], mean: float) -> float:
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    # Equal differences of rounded numbers differ in their last bits; that is no spread.
+    return 0.0 if deviation <= 1e-12 * max(abs(value) for value in values) else deviation
+
+
+def _p(mean: float, error: float, num: int) -> float:
+    if error == 0.0:
+        return 1.0 if mean == 0.0 else 0.0
+    return float(2 * stats.t.sf(abs(mean) / error, num - 1))
+
+
+def rounded(value: float, half_width: float, *, signed: bool = False) -> str:
+    """`value` with as many digits as its uncertainty allows.
+
+    It ends at the first digit of `half_width`, at the second where the first is 1 or 2; without an uncertainty
+    (nan or 0) it has three significant digits.
+
+    >>> rounded(1.0934, 0.4321), rounded(61.23, 12.7), rounded(5432.1, 230.0)
+    ('1.1', '61', '5430')
+    >>> rounded(0.0178, float("nan"))
+    '0.0178'
+    """
+    if not math.isfinite(value):
+        return "–"
+    known = math.isfinite(half_width) and half_width > 0
+    scale = half_width if known else abs(value)
+    if scale == 0:
+        return "0"
+    exponent = math.floor(math.log10(scale))
+    digits = 3 if not known else 2 if scale < 3 * 10**exponent else 1
+    decimals = digits - 1 - exponent
+    number = round(value, decimals)
+    text = f"{abs(number):.{min(max(decimals, 0), 12)}f}"
+    if number == 0:
+        return text
+    return ("−" if value < 0 else "+" if signed else "") + text

@@ -1,0 +1,367 @@
+"""The sections of the report as HTML, the answer first; every text from outside is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from renorm.comparison.analysis import Analysis, Change, Comparison
+from renorm.comparison.areas import Area, areas_of
+from renorm.comparison.cells import Cell, Row, ending
+from renorm.comparison.charts import Chart, Table
+from renorm.comparison.elements import facts, figure, scrolling, swatch, table
+from renorm.comparison.spec import StudyRecord, TrialResult
+from renorm.comparison.verdict import norm_title, setting_title, varying_fields
+
+__all__ = ["Page", "body"]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the report shows."""
+
+    record: StudyRecord
+    results: tuple[TrialResult, ...]
+    analysis: Analysis
+    norms: tuple[dict[str, Any], ...]  # each norm's title and the place of its colour
+    scores: tuple[Chart, ...]  # score against batch size
+    curves: tuple[Chart, ...]  # losses by step
+    costs: tuple[Chart, ...]  # time and memory against batch size
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: what the contents list calls it, its heading, and how its inside is made."""
+
+    name: str  # the id of its element, and the target of the contents list
+    short: str  # its name in the contents list
+    title: str  # its heading
+    inside: Callable[[Page], str]  # an empty string leaves the section out
+
+
+def body(page: Page) -> str:
+    """The inside of the body element."""
+    made = [(section, section.inside(page)) for section in _SECTIONS]
+    shown = [(section, inside) for section, inside in made if inside]
+    links = "".join(f'<li><a href="#{section.name}">{section.short}</a></li>' for section, _ in shown)
+    return (
+        '<a class="skip" href="#answer">Skip to the answer</a>'
+        f"<header>{_header(page)}</header>"
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
+        f"<main>{''.join(_section(section, inside) for section, inside in shown)}</main>"
+        f"<footer><p>Made by renorm {escape(page.record.versions.get('renorm', ''))}. "
+        "This file is complete in itself and loads nothing from a network.</p></footer>"
+    )
+
+
+def _section(section: Section, inside: str) -> str:
+    return f'<section id="{section.name}"><h2>{section.title}</h2>{inside}</section>'
+
+
+def _header(page: Page) -> str:
+    record, analysis = page.record, page.analysis
+    words = [
+        record.task,
+        f"{len(analysis.norms)} norms",
+        f"{len(analysis.batch_sizes)} batch size{'s' if len(analysis.batch_sizes) != 1 else ''}",
+        f"{len(page.results)} trials",
+    ]
+    return (
+        f'<p class="eyebrow">renorm compare</p><h1>{escape(record.name)}</h1><p class="facts">{" · ".join(words)}</p>'
+    )
+
+
+def _norm_cell(page: Page, norm: str) -> str:
+    style = next((entry["style"] for entry in page.norms if entry["norm"] == norm), 0)
+    return f"{swatch(style)}{escape(norm_title(norm))}"
+
+
+# The answer
+
+
+def _answer(page: Page) -> str:
+    analysis = page.analysis
+    notes = "".join(f"<li>{escape(note)}</li>" for note in analysis.notes)
+    return (
+        f'<p class="sentence">{escape(analysis.sentence)}</p>'
+        + (_answer_table(page) if analysis.rows else "")
+        + (f'<ul class="notes">{notes}</ul>' if notes else "")
+    )
+
+
+def _answer_table(page: Page) -> str:
+    score = page.analysis.score
+    varying = varying_fields(page.analysis.cells)
+    head = f"{score.title[:1].upper()}{score.title[1:]} <small>({escape(score.unit)})</small>"
+    groups = "".join(_answer_group(page, cell, setting_title(cell, varying)) for cell in page.analysis.cells)
+    return scrolling(
+        "Scores of every norm and setting",
+        '<table class="answer"><caption>Mean over seeds with its 95% t-interval; lower is better. '
+        "The bars of one setting share a scale.</caption>"
+        f'<thead><tr><th scope="col">Norm</th><th scope="col" class="number">{head}</th>'
+        '<th scope="col" class="interval">95% interval</th>'
+        '<th scope="col" class="range"><span class="hidden">Bar</span></th>'
+        '<th scope="col">Against the lowest mean</th><th scope="col">Seeds finished</th></tr></thead>'
+        f"{groups}</table>",
+    )
+
+
+def _answer_group(page: Page, cell: Cell, title: str) -> str:
+    rows = "".join(_answer_row(page, cell, row) for row in cell.rows)
+    head = f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(title.capitalize())}</th></tr>'
+    return f"<tbody>{head}{rows}</tbody>"
+
+
+def _answer_row(page: Page, cell: Cell, row: Row) -> str:
+    score = page.analysis.score
+    rate = "" if cell.setting.base_lr is not None else f" <small>learning rate {row.base_lr:g}</small>"
+    reasons = "".join(f'<br><small class="reason">{escape(reason)}</small>' for reason in row.reasons)
+    mean = score.text(row.score).removesuffix("%")
+    return (
+        f'<tr class="{row.place}"><th scope="row">{_norm_cell(page, row.norm)}{rate}</th>'
+        f'<td class="number">{mean}</td><td class="interval">{score.interval(row.score)}</td>'
+        f'<td class="range">{_range_bar(page, cell, row)}</td>'
+        f"<td>{_verdict(page, cell, row)}</td><td>{escape(row.status)}{reasons}</td></tr>"
+    )
+
+
+def _range_bar(page: Page, cell: Cell, row: Row) -> str:
+    """The interval as a bar with the mean as a dot, on the scale of its setting."""
+    if not row.score.num:
+        return ""
+    clipped = [page.analysis.score.clipped(other.score) for other in cell.rows]
+    ends = [other.score.mean for other in cell.rows] + [end for pair in clipped for end in pair]
+    finite = [end for end in ends if math.isfinite(end)]
+    low, high = min(finite), max(finite)
+    low = 0.0 if low < 0.3 * high else low
+    scale = 112 / (high - low) if high > low else 0.0
+    left, right = page.analysis.score.clipped(row.score)
+    place = 4 + scale * (row.score.mean - low)
+    bar = ""
+    if math.isfinite(left) and math.isfinite(right):
+        bar = f'<rect x="{4 + scale * (left - low):.1f}" y="4" width="{scale * (right - left):.1f}" height="4" rx="2"/>'
+    return f'<svg viewBox="0 0 120 12" aria-hidden="true">{bar}<circle cx="{place:.1f}" cy="6" r="3.5"/></svg>'
+
+
+def _verdict(page: Page, cell: Cell, row: Row) -> str:
+    found = next((item for item in cell.comparisons if item.other == row.norm), None)
+    if row.place == "best":
+        return '<strong class="badge">lowest mean</strong>'
+    if found is None or row.place == "unfinished":
+        return "–"
+    words = {
+        "open": "no difference shown",
+        "worse": "worse",
+        "survivor": "lower where it finished",
+        "untested": f"not tested ({found.difference.num} pair{'s' if found.difference.num != 1 else ''})",
+    }[row.place]
+    return f'<span class="verdict">{words}</span>'
+
+
+# The charts
+
+
+def _scores(page: Page) -> str:
+    if not page.analysis.rows:
+        return ""
+    return (
+        "<p>Each point is the mean over seeds, each bar its 95% t-interval. Points of one batch size are drawn side by "
+        "side so that the bars can be seen.</p>" + _legend(page) + '<p class="switches">'
+        '<button type="button" class="log" aria-pressed="false" hidden>Logarithmic scale</button></p>'
+        + _charts(page.scores, wide=len(page.scores) == 1)
+    )
+
+
+def _curves(page: Page) -> str:
+    shown = [chart for chart in page.curves if chart.points["series"]]
+    if not shown:
+        return ""
+    return (
+        "<p>Mean over the seeds that finished (bold) and every seed (thin); training loss is measured in training "
+        "mode, validation loss in evaluation mode. A gap between the two that opens is over-fitting, or statistics "
+        "that differ between the modes.</p>" + _legend(page) + _charts(shown, wide=True)
+    )
+
+
+def _costs(page: Page) -> str:
+    if not any(row.score.num for row in page.analysis.rows):
+        return ""
+    return (
+        "<p>Median over seeds; the bars go from the lowest to the highest. Time covers data, forward, backward and "
+        "update; memory is the resident memory of the process above that before the model was built. Trials run in "
+        "parallel, so read differences of a few percent as noise.</p>" + _legend(page) + _charts(page.costs)
+    )
+
+
+def _legend(page: Page) -> str:
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" data-norm="{escape(entry["norm"])}">'
+        f"{swatch(entry['style'])}{escape(entry['title'])}</button>"
+        for entry in page.norms
+    )
+    return f'<div class="legend" role="group" aria-label="Norms shown in the charts">{buttons}</div>'
+
+
+def _charts(charts: Iterable[Chart], wide: bool = False) -> str:
+    figures = "".join(figure(chart) for chart in charts)
+    return f'<div class="charts{" wide" if wide else ""}">{figures}</div>'
+
+
+def _areas(page: Page) -> str:
+    figures = "".join(_area(page, area) for area in areas_of(page.analysis.norms, _model_name(page)))
+    if not figures:
+        return ""
+    return (
+        "<p>A small tensor as each norm sees it: entries of one colour share one mean and one variance (RMS norm: one "
+        "mean square). Brackets mark the axes that are averaged over; n are the samples, c the channels."
+        f'</p><div class="areas">{figures}</div>'
+    )
+
+
+def _area(page: Page, area: Area) -> str:
+    users = [_norm_cell(page, norm) for norm in area.norms]
+    users += [f"{_norm_cell(page, norm)} <small>(mixes several)</small>" for norm in area.mixed_by]
+    lines = "".join(f"<li>{user}</li>" for user in users)
+    return f"<figure>{area.svg}<figcaption><code>{escape(area.pattern)}</code><ul>{lines}</ul></figcaption></figure>"
+
+
+def _model_name(page: Page) -> str:
+    return str(page.record.settings.get("model", ""))
+
+
+# The differences
+
+
+def _differences(page: Page) -> str:
+    analysis = page.analysis
+    comparisons = [(cell, item) for cell in analysis.cells for item in cell.comparisons]
+    if not comparisons and not analysis.changes:
+        return ""
+    return (
+        "<p>Differences are taken between trials of the same seed, which start from the same weights and see the "
+        "samples in the same order. p is that of the paired t-test, corrected by Holm’s method; a difference counts as "
+        "shown when at least three pairs give a corrected p below 0.05. The norm with the lowest mean is picked by the "
+        "same trials that test it, which makes p a little too small: among six equal norms with three seeds, some "
+        "difference is claimed in about 7 of 100 studies instead of 5.</p>"
+        + _best_against_others(page, comparisons)
+        + _across_batch_sizes(page)
+    )
+
+
+def _best_against_others(page: Page, comparisons: Sequence[tuple[Cell, Comparison]]) -> str:
+    if not comparisons:
+        return ""
+    varying = varying_fields(page.analysis.cells)
+    content = Table(
+        caption=f"The lowest mean against each other norm ({_difference_unit(page)})",
+        head=("Setting", "Lowest mean", "Other norm", "Other − lowest (95% interval)", "Pairs", "Corrected p", "Shown"),
+        rows=tuple(
+            (
+                setting_title(cell, varying).capitalize(),
+                norm_title(item.best),
+                norm_title(item.other),
+                page.analysis.score.difference(item.difference),
+                str(item.difference.num),
+                _p(item.p_corrected),
+                "yes" if item.shown else "no",
+            )
+            for cell, item in comparisons
+        ),
+    )
+    return f"<h3>Between norms</h3>{table(content)}"
+
+
+def _across_batch_sizes(page: Page) -> str:
+    changes = page.analysis.changes
+    if not changes:
+        return ""
+    fields = [name for name in varying_fields(page.analysis.cells) if name != "batch_size"]
+    content = Table(
+        caption=f"Each norm from the largest to the smallest batch size ({_difference_unit(page)})",
+        head=("Norm", "Batch sizes", "Small − large (95% interval)", "Pairs", "Corrected p", "Verdict"),
+        rows=tuple(_change_row(page, change, fields) for change in changes),
+    )
+    return f"<h3>Between batch sizes</h3>{table(content)}"
+
+
+def _change_row(page: Page, change: Change, fields: Sequence[str]) -> tuple[str, ...]:
+    cell = Cell(change.setting, (), ())
+    setting = setting_title(cell, fields, batch_size=False)
+    return (
+        norm_title(change.norm) + (f", {setting}" if setting else ""),
+        f"{change.large} to {change.small}",
+        page.analysis.score.difference(change.difference),
+        str(change.difference.num),
+        _p(change.p_corrected),
+        change.verdict,
+    )
+
+
+def _difference_unit(page: Page) -> str:
+    return "percentage points" if page.analysis.score.is_rate else page.analysis.score.unit
+
+
+def _p(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# What did not finish, and the study itself
+
+
+def _unfinished(page: Page) -> str:
+    analysis = page.analysis
+    missing = f"<p>{analysis.num_missing} trials of the study have not run yet.</p>" if analysis.num_missing else ""
+    if not analysis.unfinished:
+        return missing
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for trial in analysis.unfinished:
+        seeds.setdefault(_unfinished_row(analysis, trial), []).append(str(trial.spec.seed))
+    rows = tuple((*row[:-2], ", ".join(found), *row[-2:]) for row, found in seeds.items())
+    head = ("Norm", "Batch size", "Optimizer", "Activation", "Learning rate", "Seeds", "Status", "Reason")
+    return missing + table(Table("Trials without a score", head, rows))
+
+
+def _unfinished_row(analysis: Analysis, trial: TrialResult) -> tuple[str, ...]:
+    spec = trial.spec
+    settings = (norm_title(spec.norm), str(spec.batch_size), spec.optimizer, spec.activation, f"{spec.lr:g}")
+    return *settings, *ending(analysis.score, trial)
+
+
+def _study(page: Page) -> str:
+    record = page.record
+    return (
+        f"<h3>Run it again</h3><pre><code>{escape(record.command)}</code></pre>"
+        f"<h3>Data</h3>{_data(record.data)}"
+        f"<h3>Settings</h3>{facts(record.settings)}"
+        f"<h3>Model</h3><pre>{escape(record.model)}</pre>{_parameters(page)}"
+        f"<h3>Versions</h3>{facts(record.versions)}"
+    )
+
+
+def _data(data: dict[str, Any]) -> str:
+    notes = "".join(f"<li>{escape(str(note))}</li>" for note in data.get("notes", ()))
+    rest = {name: value for name, value in data.items() if name != "notes"}
+    return facts(rest) + (f'<ul class="notes">{notes}</ul>' if notes else "")
+
+
+def _parameters(page: Page) -> str:
+    counts = {row.norm: row.num_parameters for row in page.analysis.rows if row.num_parameters}
+    rows = tuple((norm_title(norm), f"{num:,}") for norm, num in counts.items())
+    return table(Table("Parameters of the model with each norm", ("Norm", "Parameters"), rows)) if rows else ""
+
+
+_SECTIONS = (
+    Section("answer", "Answer", "The answer", _answer),
+    Section("batch-size", "Batch size", "Score against batch size", _scores),
+    Section("curves", "Learning curves", "Learning curves", _curves),
+    Section("cost", "Time and memory", "Time and memory", _costs),
+    Section("areas", "Areas", "What each norm averages over", _areas),
+    Section("differences", "Differences", "The differences, and how sure they are", _differences),
+    Section("unfinished", "Not finished", "Trials that did not finish", _unfinished),
+    Section("study", "The study", "The study", _study),
+)

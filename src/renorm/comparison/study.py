@@ -1,0 +1,308 @@
+"""The study: what is compared with what, as a file, flags or arguments, and the grid of trials it means."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from renorm.choices.registry import look_up
+from renorm.comparison.spec import TrialSpec
+from renorm.errors import RenormError, StudyError
+
+if TYPE_CHECKING:
+    from renorm.comparison.data import Splits
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["RATES", "Study", "grid", "num_steps"]
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what tuning tries when the study names no rates
+REFERENCE_BATCH = 32  # the batch size at which linear scaling leaves a learning rate as it is
+
+
+def _axis(value: object) -> object:
+    """One value, "a,b" or a list of these -> a list; a value named twice is kept once."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    parts = [part for item in items for part in (_parts(item) if isinstance(item, str) else [item])]
+    return list(dict.fromkeys(parts))
+
+
+def _parts(text: str) -> list[str]:
+    """The parts between the commas that stand outside parentheses."""
+    return [part for part in (part.strip() for part in re.split(r",(?![^(]*\))", text)) if part]
+
+
+def _seeds(value: object) -> object:
+    """3 -> 0, 1, 2; a list, or text with a comma, is the seeds themselves."""
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return list(range(value))
+    return _axis(value)
+
+
+def _norms(names: tuple[str, ...]) -> tuple[str, ...]:
+    from renorm.norms import named
+
+    standard = named.parse("group")
+    parsed = [named.parse(name) for name in names]
+    return tuple(dict.fromkeys("group" if name == standard else str(name) for name in parsed))
+
+
+def _optimizers(names: tuple[str, ...]) -> tuple[str, ...]:
+    from renorm.choices import optimizers
+
+    return tuple(_known(name, optimizers.NAMES, "optimizer") for name in names)
+
+
+def _activations(names: tuple[str, ...]) -> tuple[str, ...]:
+    from renorm.choices import activations
+
+    return tuple(_known(name, activations.NAMES, "activation") for name in names)
+
+
+def _model(name: str) -> str:
+    from renorm.choices import models
+
+    return name if ":" in name else _known(name, models.NAMES, "model (or module:function for your own)")
+
+
+def _known(name: str, names: tuple[str, ...], kind: str) -> str:
+    return look_up({known: known for known in names}, name, kind)
+
+
+Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_axis)]
+Norms = Annotated[Names, AfterValidator(_norms)]
+Optimizers = Annotated[Names, AfterValidator(_optimizers)]
+Activations = Annotated[Names, AfterValidator(_activations)]
+Model = Annotated[str, AfterValidator(_model)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_axis)]
+Rates = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_axis)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_seeds)]
+
+
+class Study(BaseModel):
+    """What is compared with what: the data, the model, one list of values for each axis, and the budget.
+
+    Every axis takes one value, a list, or text with commas. A setting that is unknown or out of range raises
+    :class:`~renorm.errors.StudyError`.
+
+    >>> study = Study(data="wine", norm="batch, group(8)", batch_size=[2, 32], seeds=2)
+    >>> study.name, study.norm, study.seeds
+    ('wine-mlp', ('batch', 'group(8)'), (0, 1))
+    >>> study.command()
+    "renorm compare --data wine --norm 'batch,group(8)' --seeds 2"
+    >>> Study(nrom="batch")
+    Traceback (most recent call last):
+        ...
+    renorm.errors.StudyError: unknown setting 'nrom': did you mean 'norm'?
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "digits"  # what data.load reads: a built-in name, a file, a folder, "module:function"
+    target: str | None = None  # the column to predict, where the data is a table
+    task: Literal["auto", "classification", "regression"] = "auto"
+    model: Model = "mlp"  # a built-in name or "module:function"
+    norm: Norms = ("none", "batch", "layer", "group", "rms", "switch")
+    batch_size: Counts = (2, 32)
+    lr: Rates = (0.1,)  # at batch size 32 if scaled; with tune_lr, the rates that are tried
+    lr_scale: Literal["linear", "none"] = "linear"  # linear: lr * batch_size / 32
+    optimizer: Optimizers = ("sgd",)
+    activation: Activations = ("relu",)
+    seeds: Seeds = (0, 1, 2)  # a number n means the seeds 0 to n - 1
+    epochs: Annotated[int, Field(ge=1)] = 15
+    tune_lr: bool = False  # choose lr for each norm, batch size, optimizer, activation on the validation part
+    valid: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the samples, unless the data brings this part
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.2  # likewise; 0 for no test part
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = ""
+
+    def __init__(self, **settings: Any) -> None:
+        unknown = [key for key in settings if key not in type(self).model_fields]
+        if unknown:
+            raise StudyError(_unknown("setting", unknown[0], type(self).model_fields))
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise StudyError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        filled = dict(raw)
+        if not filled.get("name"):
+            data, model = (filled.get(key, cls.model_fields[key].default) for key in ("data", "model"))
+            filled["name"] = f"{_slug(str(data))}-{_slug(str(model))}"
+        if filled.get("tune_lr") and "lr" not in filled:
+            filled["lr"] = RATES
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        if self.tune_lr and len(self.lr) < 2:
+            raise StudyError(
+                f"tune_lr needs at least two learning rates to choose from; got lr = {self.lr[0]:g}; "
+                "name more rates, or leave lr out to try the default ones"
+            )
+        return self
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> Study:
+        """The study that a TOML file describes; ``overrides`` take the place of the file's values.
+
+        Paths inside the file are relative to the current folder, as they are on the command line.
+
+        Raises:
+            StudyError: the file is missing or no TOML, or a setting in it is wrong.
+        """
+        return cls(**{**_read_toml(Path(path)), **overrides})
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with its value, as plain JSON values; ``Study(**settings)`` gives the study back."""
+        return self.model_dump(mode="json")
+
+    def command(self) -> str:
+        """What to type in a shell to run this study: only what differs from the defaults is written."""
+        words = ["renorm", "compare"]
+        for key, value in self._changed().items():
+            words.append("--" + key.replace("_", "-"))
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        return shlex.join(words)
+
+    def _changed(self) -> dict[str, Any]:
+        derived = Study(data=self.data, model=self.model, tune_lr=self.tune_lr)
+        plain = Study()
+        keep_derived = {"name", "lr"}
+        changed = {
+            key: value for key, value in self if value != getattr(derived if key in keep_derived else plain, key)
+        }
+        if "seeds" in changed and self.seeds == tuple(range(len(self.seeds))):
+            changed["seeds"] = len(self.seeds)
+        elif len(self.seeds) == 1 and "seeds" in changed:
+            changed["seeds"] = f"{self.seeds[0]},"
+        return changed
+
+
+def num_steps(spec: TrialSpec, num_train: int) -> int:
+    """How many optimizer steps a trial takes: the last incomplete batch of an epoch is dropped."""
+    return spec.epochs * (num_train // spec.batch_size)
+
+
+def grid(study: Study, splits: Splits, *, model: str | None = None, test: bool = True) -> tuple[TrialSpec, ...]:
+    """One spec for each combination of the study's axes, seeds innermost.
+
+    ``model`` is what the specs call a model of the user's own (:meth:`renorm.comparison.given.Given.identify`).
+    ``test=False`` gives the trials of the tuning phase, which leave the test part alone.
+
+    Raises:
+        StudyError: a batch size is larger than the training part.
+    """
+    num_train = len(splits.x_train)
+    too_large = [size for size in study.batch_size if size > num_train]
+    if too_large:
+        raise StudyError(
+            f"a batch must fit into the training part of {num_train} samples; got batch_size {too_large[0]}; "
+            f"write a batch size of at most {num_train}"
+        )
+    axes = itertools.product(study.norm, study.batch_size, study.optimizer, study.activation, study.lr)
+    return tuple(
+        TrialSpec(
+            data=splits.fingerprint,
+            model=study.model if model is None else model,
+            norm=norm,
+            batch_size=batch_size,
+            lr=rate * _scale(study, batch_size),
+            base_lr=rate,
+            optimizer=optimizer,
+            activation=activation,
+            epochs=study.epochs,
+            seed=seed,
+            test=test and len(splits.x_test) > 0,
+        )
+        for norm, batch_size, optimizer, activation, rate in axes
+        for seed in study.seeds
+    )
+
+
+def _scale(study: Study, batch_size: int) -> float:
+    return batch_size / REFERENCE_BATCH if study.lr_scale == "linear" else 1.0
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"no study file at {path}: write the path of a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} cannot be read as a study file: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path} is not valid TOML: {error}") from None
+    settings = {key.replace("-", "_"): value for key, value in raw.items()}
+    unknown = [key for key in settings if key not in Study.model_fields]
+    if unknown:
+        raise StudyError(f"{path}: {_unknown('setting', unknown[0], Study.model_fields)}")
+    return settings
+
+
+def _slug(text: str) -> str:
+    """The name of a file, function or model without what a folder's name should not have."""
+    stem = Path(text.rpartition(":")[2]).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "study"
+
+
+def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+    return f"unknown {noun} {name!r}: {hint}"
+
+
+_HINTS: Mapping[str, str] = {
+    "norm": "for example batch,group(32)",
+    "batch_size": "whole numbers from 1, for example 2,32",
+    "lr": "numbers above 0, for example 0.01,0.1",
+    "optimizer": "for example sgd,adam",
+    "activation": "for example relu,gelu",
+    "seeds": "a number of seeds, for example 3, or the seeds themselves, for example 7,8,9",
+    "epochs": "a whole number from 1",
+    "valid": "a share between 0 and 1, for example 0.2",
+    "test": "a share between 0 and 1, for example 0.2",
+    "split_seed": "a whole number from 0",
+    "name": "a folder's name: letters, digits, '.', '_' and '-'",
+}
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One of pydantic's complaints in this package's words."""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, RenormError):
+        return str(cause)
+    key = str(detail["loc"][0])
+    came = detail["input"]
+    shown = "nothing" if came in ([], (), "", None) else repr(came)
+    must = detail["msg"][0].lower() + detail["msg"][1:]
+    hint = f"; write {_HINTS[key]}" if key in _HINTS else ""
+    return f"{key}: {must}; got {shown}{hint}"

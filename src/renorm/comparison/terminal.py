@@ -1,0 +1,85 @@
+"""The result of a comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from renorm.comparison.analysis import Analysis
+from renorm.comparison.cells import Cell, Row
+from renorm.comparison.score import rounded
+from renorm.comparison.verdict import norm_title, setting_title, varying_fields
+
+__all__ = ["table"]
+
+_WORDS = {
+    "best": "★ lowest",
+    "open": "no difference shown",
+    "worse": "worse",
+    "survivor": "lower where it finished",
+    "untested": "not tested",
+    "unfinished": "–",
+}
+
+
+def table(analysis: Analysis) -> Table:
+    """The rows of an analysis, setting by setting, the lowest mean first and marked with a star.
+
+    Below it stands why trials did not finish. Texts from outside are shown as they are, not read as markup.
+    """
+    score = analysis.score
+    shown = Table(
+        title=Text(f"{score.title[:1].upper()}{score.title[1:]}, mean over seeds with its 95% interval"),
+        title_justify="left",
+        caption=_reasons(analysis),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    shown.add_column("Norm", no_wrap=True)
+    shown.add_column("Error %" if score.is_rate else "RMSE", justify="right", no_wrap=True)
+    shown.add_column("95% interval", no_wrap=True)
+    shown.add_column("Against the lowest", no_wrap=True)
+    shown.add_column("Seeds", max_width=10)
+    shown.add_column("ms/step", justify="right", no_wrap=True)
+    for cell in analysis.cells:
+        _add(shown, analysis, cell)
+    return shown
+
+
+def _add(shown: Table, analysis: Analysis, cell: Cell) -> None:
+    title = setting_title(cell, varying_fields(analysis.cells))
+    shown.add_row(Text(title.capitalize(), style="bold"))
+    for row in cell.rows:
+        shown.add_row(*_entries(analysis, row), style="bold" if row.place == "best" else None)
+    shown.add_section()
+
+
+def _entries(analysis: Analysis, row: Row) -> list[Text]:
+    score = analysis.score
+    rate = "" if row.setting.base_lr is not None else f", lr {row.base_lr:g}"
+    return [
+        Text(f" {norm_title(row.norm)}{rate}"),
+        Text(score.text(row.score).removesuffix("%")),
+        Text(score.interval(row.score)),
+        Text(_WORDS[row.place]),
+        Text(row.status),
+        Text(rounded(row.seconds_per_step * 1e3, math.nan)),
+    ]
+
+
+def _reasons(analysis: Analysis) -> Text | None:
+    """Why trials did not finish, each reason once with the norm and settings it is of."""
+    varying = varying_fields(analysis.cells)
+    places: dict[tuple[str, str], list[str]] = {}
+    for cell in analysis.cells:
+        for row in cell.rows:
+            for reason in row.reasons:
+                places.setdefault((row.norm, reason), []).append(setting_title(cell, varying))
+    lines = [f"{norm_title(norm)}, {' and '.join(where)}: {reason}" for (norm, reason), where in places.items()]
+    return Text("\n".join(lines), style="dim") if lines else None

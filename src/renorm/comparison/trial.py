@@ -1,0 +1,276 @@
+"""One trial: a model trained as its spec says, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from renorm.choices import models, optimizers
+from renorm.comparison.data import Splits
+from renorm.comparison.memory import PeakMemory
+from renorm.comparison.spec import EpochRecord, TrialResult, TrialSpec
+from renorm.errors import StudyError
+from renorm.norms.norm import Norm
+
+__all__ = ["Build", "build_model", "run_trial", "sample_order"]
+
+Build = Callable[[TrialSpec, Splits], nn.Module]
+
+EVALUATION_BATCH = 1024  # samples at once in evaluation: no result depends on it, memory does
+WARM_UP_STEPS = 5  # not counted in the time per step: the first ones allocate and plan
+
+
+def build_model(spec: TrialSpec, splits: Splits) -> nn.Module:
+    """The built-in model that the spec names, for samples of the data's shape; see :mod:`renorm.choices.models`.
+
+    Raises:
+        StudyError: no built-in model is called that, or it cannot take the data.
+    """
+    return models.build(spec.model, splits.input_shape, splits.num_outputs, norm=spec.norm, activation=spec.activation)
+
+
+def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> TrialResult:
+    """Train one model as `spec` says and score it; equal arguments give equal results, but for times and memory.
+
+    The model and everything random in it (weights, dropout) come from torch's, NumPy's and Python's
+    generators, seeded with `spec.seed`; the order of the samples is :func:`sample_order`. An epoch is as
+    many full batches as the training part has; the incomplete one at its end is dropped. The loss is the
+    cross-entropy, or the mean squared error of the standardized target; the learning rate is constant. The
+    test part is read once, after training, and only if `spec.test`.
+
+    A result that is not "ok" says why in `reason`: "refused" if a norm would compute a statistic from a
+    single value,
+    "diverged" at the first loss that is not finite (the curve up to there is kept), "failed" if the
+    model raised an exception or there is no full batch. Random number generators, the default dtype and the
+    thread count are left as they were.
+
+    Args:
+        spec: what to train.
+        splits: the prepared data; `spec.data` should be its fingerprint.
+        build: makes the model; it is called twice, since a model that only tries the shapes is thrown away.
+
+    Scores: "error" (0 to 1) and "loss" in a classification; "rmse" and "mae" in the target's units, "r2",
+    "correlation" and "loss" in a regression. "r2" and "correlation" are nan where they are not defined.
+    """
+    memory = PeakMemory()
+    run = _Run(spec, splits, TrialResult(spec, "failed"))
+    with _isolated():
+        try:
+            run.check_batch_size()
+            _seed(spec.seed)
+            run.rehearse(build(spec, splits))
+            _seed(spec.seed)
+            memory.start()
+            run.train(build(spec, splits))
+        except _Stop as stop:
+            run.result = replace(run.result, status=stop.status, reason=stop.reason)
+        # a user's model may raise anything, and one trial must not end the study
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            run.result = replace(run.result, status="failed", reason=reason)
+    return replace(
+        run.result,
+        curve=tuple(run.curve),
+        num_steps=len(run.step_seconds),
+        seconds_per_step=_typical(run.step_seconds),
+        peak_memory_mb=memory.peak_mb(),
+    )
+
+
+def sample_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of the training samples in an epoch (from 0): the same for all norms, batch sizes and rates.
+
+    >>> sample_order(5, seed=0, epoch=0)
+    array([...])
+    """
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+class _Stop(Exception):
+    """Training ends here with a result that is not "ok"."""
+
+    def __init__(self, status: Literal["refused", "diverged", "failed"], reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+@dataclass
+class _Run:
+    """A trial while it runs."""
+
+    spec: TrialSpec
+    splits: Splits
+    result: TrialResult
+    curve: list[EpochRecord] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+    def check_batch_size(self) -> None:
+        """Stop if the training part has no full batch."""
+        num_train, size = len(self.splits.y_train), self.spec.batch_size
+        if not 0 < size <= num_train:
+            raise _Stop("failed", f"batch size {size} needs as many samples; the training part has {num_train}")
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Take one step with a model that is thrown away; stop if a norm computes a statistic from one value.
+
+        It is a whole step, because the first one in a process also loads parts of torch, and neither its
+        time nor its memory is the model's.
+        """
+
+        def check(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            shape = tuple(inputs[0].shape)
+            if isinstance(layer, Norm) and _takes_one_value(layer, shape):
+                what = f"{self.spec.norm} norm averages over one value on inputs of shape {shape}"
+                raise _Stop("refused", f"{what}: it would return its bias")
+
+        for layer in model.modules():
+            if isinstance(layer, Norm):
+                layer.register_forward_pre_hook(check)
+        optimizer = optimizers.build(self.spec.optimizer, model.parameters(), self.spec.lr)
+        x, y = next(self._batches(0))
+        try:
+            self._loss(model.train()(x), y).backward()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            # torch's own layers in a user's model say so themselves
+            if not str(error).startswith("Expected more than 1"):
+                raise
+            raise _Stop("refused", f"{self.spec.norm} norm cannot train on this batch: {error}") from error
+        optimizer.step()
+
+    def train(self, model: nn.Module) -> None:
+        """All epochs, then the scores."""
+        spec, splits = self.spec, self.splits
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.result = replace(self.result, num_parameters=num_parameters)
+        optimizer = optimizers.build(spec.optimizer, model.parameters(), spec.lr)
+        valid: dict[str, float] = {}
+        for epoch in range(spec.epochs):
+            train_loss = self._train_epoch(model.train(), optimizer, epoch)
+            valid = self._score(model.eval(), splits.x_valid, splits.y_valid)
+            score = valid["error" if splits.classes else "rmse"]
+            self.curve.append(EpochRecord(len(self.step_seconds), train_loss, valid["loss"], score))
+            if not math.isfinite(valid["loss"]):
+                raise _Stop("diverged", f"the validation loss is {valid['loss']} after epoch {epoch + 1}")
+        test = {}
+        if spec.test and len(splits.y_test):
+            test = self._score(model.eval(), splits.x_test, splits.y_test)
+        self.result = replace(self.result, status="ok", valid=valid, test=test)
+
+    def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+        """One pass over the training part; returns the mean loss."""
+        total, begin = 0.0, len(self.step_seconds)
+        start = time.perf_counter()
+        for x, y in self._batches(epoch):
+            optimizer.zero_grad()
+            loss = self._loss(model(x), y)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise _Stop("diverged", f"the training loss is {value} at step {len(self.step_seconds) + 1}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += value
+            end = time.perf_counter()
+            self.step_seconds.append(end - start)
+            start = end
+        return total / (len(self.step_seconds) - begin)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's full batches, in its order."""
+        size, splits = self.spec.batch_size, self.splits
+        order = sample_order(len(splits.y_train), self.spec.seed, epoch)
+        order = order[: len(order) // size * size]
+        # gathered once an epoch: at two samples a step, gathering each batch would cost as much as its layers
+        x, y = torch.from_numpy(splits.x_train[order]), torch.from_numpy(splits.y_train[order])
+        return zip(torch.split(x, size), torch.split(y, size), strict=True)
+
+    def _loss(self, output: Tensor, y: Tensor) -> Tensor:
+        if self.splits.classes:
+            self._check_output(output, (len(y), len(self.splits.classes)))
+            return F.cross_entropy(output, y)
+        if output.shape != y.shape:
+            # (N, 1) against (N,) would broadcast to (N, N) without an error
+            self._check_output(output, (len(y), 1))
+        return F.mse_loss(output.view(-1), y)
+
+    def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(output.shape) != expected:
+            raise StudyError(
+                f"the model's output must have the shape {expected} for {expected[0]} samples of this data; "
+                f"it has {tuple(output.shape)}"
+            )
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> dict[str, float]:
+        """The scores of a part, from a model in evaluation mode."""
+        # copied batch by batch: a model may work in place, and the data is not its to change
+        rows = range(0, len(y), EVALUATION_BATCH)
+        output = torch.cat([model(torch.tensor(x[row : row + EVALUATION_BATCH])) for row in rows])
+        loss = self._loss(output, torch.tensor(y)).item()
+        if self.splits.classes:
+            error = float(np.mean(output.argmax(1).numpy() != y))
+            return {"error": error, "loss": loss}
+        return _regression_scores(output.view(-1).numpy(), y, self.splits.target_std) | {"loss": loss}
+
+
+def _typical(step_seconds: list[float]) -> float:
+    """The median step, without the first ones where there are others."""
+    counted = step_seconds[WARM_UP_STEPS:] or step_seconds
+    return statistics.median(counted) if counted else math.nan
+
+
+def _takes_one_value(layer: Norm, shape: tuple[int, ...]) -> bool:
+    if type(layer).solve is not Norm.solve or layer.one_value == "running":
+        # what one set lacks, it takes from others or from the running statistics
+        return False
+    from_batch = layer.running_mean is None or (layer.training and not layer.frozen)
+    return from_batch and layer.values_per_set(shape) == 1
+
+
+def _regression_scores(predicted: npt.NDArray[Any], y: npt.NDArray[Any], target_std: float) -> dict[str, float]:
+    """Scores of standardized predictions, in the target's units where they have any."""
+    predicted, y = predicted.astype(np.float64), y.astype(np.float64)
+    wrong, about_mean = predicted - y, y - y.mean()
+    spread = predicted - predicted.mean()
+    both = math.sqrt(float(np.sum(spread**2)) * float(np.sum(about_mean**2)))
+    total = float(np.sum(about_mean**2))
+    return {
+        "rmse": target_std * math.sqrt(float(np.mean(wrong**2))),
+        "mae": target_std * float(np.mean(np.abs(wrong))),
+        "r2": 1 - float(np.sum(wrong**2)) / total if total else math.nan,
+        "correlation": float(np.sum(spread * about_mean)) / both if both else math.nan,
+    }
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    # a user's model may draw from NumPy's global generator
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _isolated() -> Iterator[None]:
+    """Whatever is done to torch's, NumPy's and Python's global state in here is undone at the end."""
+    dtype, python_state = torch.get_default_dtype(), random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)

@@ -1,0 +1,148 @@
+"""What a comparison shows, in words: names of norms, the one sentence, and the notes beside the numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from renorm.comparison.cells import LEAST_PAIRS, Cell, Row
+from renorm.comparison.score import Score
+from renorm.comparison.spec import StudyRecord
+
+__all__ = ["joined", "norm_title", "notes", "sentence", "setting_title"]
+
+_TUNED = "Each norm has its own learning rate, chosen on the validation part."
+_TITLES = {"none": "no norm", "rms": "RMS norm", "switch": "switchable norm"}
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def norm_title(norm: str) -> str:
+    """A norm's name as people say it.
+
+    >>> norm_title("batch"), norm_title("group(8)"), norm_title("none")
+    ('batch norm', 'group norm (8 groups)', 'no norm')
+    """
+    if "[" in norm:  # a pattern names itself
+        return norm
+    groups = re.fullmatch(r"(\w+)\((\d+)\)", norm)
+    if groups:
+        return f"{groups[1]} norm ({groups[2]} groups)"
+    return _TITLES.get(norm, f"{norm} norm")
+
+
+def _spoken_title(norm: str) -> str:
+    return "the model without a norm" if norm == "none" else norm_title(norm)
+
+
+def joined(words: Sequence[str]) -> str:
+    """Words as a list in a sentence: "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def setting_title(cell: Cell, varying: Sequence[str], *, batch_size: bool = True) -> str:
+    """A setting by what varies in the study: "batch size 32, adam, learning rate 0.1"."""
+    setting = cell.setting
+    words = [f"batch size {setting.batch_size}"] if batch_size else []
+    words += [getattr(setting, name) for name in ("optimizer", "activation") if name in varying]
+    if "base_lr" in varying and setting.base_lr is not None:
+        words.append(f"learning rate {setting.base_lr:g}")
+    return ", ".join(words)
+
+
+def varying_fields(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """The fields of Setting in which the cells differ."""
+    fields = ("optimizer", "activation", "base_lr", "batch_size")
+    return tuple(name for name in fields if len({getattr(cell.setting, name) for cell in cells}) > 1)
+
+
+def sentence(score: Score, cells: Sequence[Cell], num_missing: int = 0) -> str:
+    """At most three sentences: the best norm at either end of the batch sizes, and how far that goes."""
+    spoken = _spoken(cells)
+    missing = f"{num_missing} trials have not run yet." if num_missing else ""
+    if not spoken:
+        return f"No trial has finished, so there is nothing to compare. {missing}".strip()
+    varying = varying_fields(cells)
+    words = [_of_cell(score, cell, setting_title(cell, varying)) for cell in spoken]
+    return " ".join([*words, _reach(spoken, num_missing)])
+
+
+def _spoken(cells: Sequence[Cell]) -> list[Cell]:
+    """The cell with the lowest mean at the largest and at the smallest batch size, of those with a score."""
+    scored = [cell for cell in cells if cell.best]
+    sizes = {cell.setting.batch_size for cell in scored}
+    ends = sorted({max(sizes), min(sizes)}, reverse=True) if sizes else []
+    by_mean = sorted(scored, key=lambda cell: cell.rows[0].score.mean)
+    return [next(cell for cell in by_mean if cell.setting.batch_size == size) for size in ends]
+
+
+def _of_cell(score: Score, cell: Cell, title: str) -> str:
+    best = cell.rows[0]
+    value = score.text(best.score) + ("" if score.is_rate else f" in {score.unit}")
+    tied = [row for row in cell.rows[1:] if row.place != "unfinished" and row.score.mean == best.score.mean]
+    names = joined([_spoken_title(row.norm) for row in (best, *tied)])
+    if sum(bool(row.score.num) for row in cell.rows) == 1:
+        return f"At {title} only {names} finished, with a {score.title} of {value}."
+    verb = "have" if tied else "has"
+    return f"At {title}, {names} {verb} the lowest mean {score.title} ({value}){_against(score, cell)}."
+
+
+def _against(score: Score, cell: Cell) -> str:
+    """What is and is not shown about the other norms, as the end of a sentence."""
+    worse = [row for row in cell.rows if row.place == "worse"]
+    undecided = [row for row in cell.rows if row.place in ("open", "untested", "survivor")]
+    tested = any(row.place in ("open", "worse", "survivor") for row in cell.rows)
+    if not tested:
+        return ""
+    if not undecided:
+        return f", shown to be below {_names(worse, 'every other norm', score)}"
+    if not worse:
+        return f"; no difference is shown to {_names(undecided, 'any other norm')}"
+    lower = f", shown to be below {_names(worse, score=score)}"
+    return f"{lower}; no difference is shown to {_names(undecided)}"
+
+
+def _names(rows: Sequence[Row], many: str = "", score: Score | None = None) -> str:
+    """The rows' norms, with their scores if `score` is given; more than three go by `many` if that is given."""
+    if many and len(rows) > 3:
+        return many
+    values = [f" ({score.text(row.score)})" if score else "" for row in rows]
+    return joined([_spoken_title(row.norm) + value for row, value in zip(rows, values, strict=True)])
+
+
+def _reach(spoken: Sequence[Cell], num_missing: int) -> str:
+    """How far the evidence goes: how many seeds, one data set, and what has not run."""
+    num = min(cell.rows[0].score.num for cell in spoken)
+    seeds = f"{_NUMBERS[num] if num < len(_NUMBERS) else num} seed{'s' if num > 1 else ''}"
+    if num < LEAST_PAIRS:
+        words = f"With {seeds} no difference can be shown; it takes at least {_NUMBERS[LEAST_PAIRS]}"
+    else:
+        words = f"{seeds.capitalize()} on one split of one data set: other data may order the norms differently"
+    return words + (f"; {num_missing} trials have not run yet." if num_missing else ".")
+
+
+def notes(record: StudyRecord, score: Score, cells: Sequence[Cell], num_missing: int = 0) -> tuple[str, ...]:
+    """What a reader must know to read the numbers rightly."""
+    found = [
+        _note_of_part(score),
+        _note_of_survivors(cells),
+        f"{num_missing} of {len(record.keys)} trials have not run yet." if num_missing else "",
+        _TUNED if record.settings.get("tune_lr") else "",
+    ]
+    return tuple(note for note in found if note)
+
+
+def _note_of_part(score: Score) -> str:
+    if score.part == "test":
+        return ""
+    return "There is no test part: the scores are of the validation part."
+
+
+def _note_of_survivors(cells: Sequence[Cell]) -> str:
+    survivors = {row.norm for cell in cells for row in cell.rows if 0 < row.score.num < row.num_trials}
+    if not survivors:
+        return ""
+    names = joined([_spoken_title(norm) for norm in sorted(survivors)])
+    return (
+        f"Not every seed of {names} finished; the mean is of those that did, and is likely too good. "
+        "Such a row is never called the best while another one finished more seeds."
+    )

@@ -1,0 +1,56 @@
+"""The documentation says what is there: pictures, names, commands and settings. Its examples run as doctests."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import renorm as rn
+from renorm.choices import activations, models, optimizers
+from renorm.norms import named
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_picture_is_what_draw_draws() -> None:
+    spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    assert text("docs/pictures/norms.svg") == pictures.strip(), "run python docs/make_pictures.py"
+
+
+@pytest.mark.parametrize("name", [name for name in rn.__all__ if name not in ("errors", "kernels")])
+def test_every_public_name_is_in_the_api(name: str) -> None:
+    assert re.search(rf"^::: renorm\.(\w+\.)*{name}$", text("docs/api.md"), re.MULTILINE)
+
+
+def test_ci_runs_the_second_command_of_the_readme() -> None:
+    command = next(line for line in text("README.md").splitlines() if line.endswith("&& pytest"))
+    assert f"\n{command}\n" in text(".ci/run")
+
+
+def test_the_choices_of_a_study_are_all_named() -> None:
+    page = text("docs/compare.md")
+    for name in (*named.KINDS, *activations.NAMES, *optimizers.NAMES, *models.NAMES):
+        assert re.search(rf"[`,]{re.escape(name)}[`,]", page), f"docs/compare.md does not name {name!r}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    shown = re.findall(r"^  - .*: (\S+\.md)$", text("mkdocs.yml"), re.MULTILINE)
+    assert sorted(shown) == sorted(page.name for page in DOCS.glob("*.md"))
