@@ -36,7 +36,7 @@ def test_every_public_name_is_in_the_api(name: str) -> None:
 
 def test_ci_runs_the_second_command_of_the_readme() -> None:
     command = next(line for line in text("README.md").splitlines() if line.endswith("&& pytest"))
-    assert f"\n{command}\n" in text(".ci/run")
+    assert f"    {command}\n" in text(".ci/run")
 
 
 def test_the_choices_of_a_study_are_all_named() -> None:

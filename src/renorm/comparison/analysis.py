@@ -76,9 +76,9 @@ def analyse(record: StudyRecord, results: Sequence[TrialResult]) -> Analysis:
     """What the trials of a study show about its norms.
 
     For each norm and setting the mean score over seeds with its 95% t-interval; for each setting the norm
-    with the lowest mean against each other one by a paired t-test over seeds (the same seed means the same
-    initial weights and sample order), corrected by Holm's method; for each norm its change between the
-    largest and the smallest batch size.
+    with the lowest mean against each other one by a paired t-test over seeds, of log-odds for error rates (the same
+    seed means the same initial weights and sample order), corrected by Holm's method; for each norm its change
+    between the largest and the smallest batch size.
 
     The best norm is picked by the same trials that then test it, which Holm's method does not know of:
     simulated with six equal norms and three seeds, some difference is claimed in 7% of the studies, not 5%.

@@ -66,7 +66,7 @@ class Comparison:
     setting: Setting
     best: str  # the norm with the lowest mean
     other: str  # the norm it is compared with
-    difference: Estimate  # other minus best, over the seeds both finished; its p is the paired t-test's
+    difference: Estimate  # other minus best, over the seeds both finished; see paired
     p_corrected: float  # by Holm's method over the setting's comparisons; nan where not tested
     shown: bool  # whether a difference is shown: at least three pairs and a corrected p below 0.05
 
@@ -102,13 +102,22 @@ def cells_of(score: Score, trials: Sequence[TrialResult], *, tuned: bool = False
 
 
 def paired(score: Score, one: Row, other: Row) -> Estimate:
-    """`one` minus `other` over the seeds both finished, with the paired t-test's p."""
+    """`one` minus `other` over the seeds both finished, with the paired t-test's p.
+
+    The mean and its interval are in the score's unit. Error rates are tested by their log-odds: the rate that is ten
+    times as large also varies several times as much over seeds, which the t-test takes for doubt; log-odds of the two
+    vary about alike.
+    """
     seeds = [seed for seed in one.by_seed if seed in other.by_seed]
-    return estimate(
-        [one.by_seed[seed] - other.by_seed[seed] for seed in seeds],
-        # A number rounded to a step is uncertain by step / sqrt(12), a difference of two by step / sqrt(6).
-        least_spread=score.step / math.sqrt(6),
-    )
+    pairs = [(one.by_seed[seed], other.by_seed[seed]) for seed in seeds]
+    # A number rounded to a step is uncertain by step / sqrt(12), a difference of two by step / sqrt(6).
+    difference = estimate([a - b for a, b in pairs], least_spread=score.step / math.sqrt(6))
+    if not score.step or len(pairs) < 2:
+        return difference
+    odds = [score.log_odds(a) - score.log_odds(b) for a, b in pairs]
+    slopes = [score.log_odds_slope(rate) for pair in pairs for rate in pair]
+    rounding = score.step / math.sqrt(6) * math.fsum(slopes) / len(slopes)
+    return replace(difference, p=estimate(odds, least_spread=rounding).p)
 
 
 def ending(score: Score, trial: TrialResult) -> tuple[str, str]:

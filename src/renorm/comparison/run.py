@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-import torch
 from torch import nn
 
 from renorm.comparison.data import Splits
@@ -183,23 +182,12 @@ class _Pool:
 
 def _trial(spec: TrialSpec, data: str, build: Build) -> TrialResult:
     _end_with_parent()
-    with _one_thread():
-        return run_trial(spec, _splits(data, spec.data), build)
+    return run_trial(spec, _splits(data, spec.data), build)
 
 
 @lru_cache(maxsize=1)
 def _splits(data: str, fingerprint: str) -> Splits:
     return Splits.load(Path(data))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)

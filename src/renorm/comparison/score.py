@@ -42,6 +42,14 @@ class Score:
         value = (result.test if self.part == "test" else result.valid).get(self.key, math.nan)
         return value if math.isfinite(value) else math.nan
 
+    def log_odds(self, rate: float) -> float:
+        """log(errors / successes) of an error rate, half an error and half a success added so that it is finite."""
+        return math.log((rate + self.step / 2) / (1 - rate + self.step / 2))
+
+    def log_odds_slope(self, rate: float) -> float:
+        """By how much :meth:`log_odds` grows for a small change of the rate."""
+        return 1 / (rate + self.step / 2) + 1 / (1 - rate + self.step / 2)
+
     @property
     def is_rate(self) -> bool:
         """Whether the score is a share between 0 and 1, shown in percent."""

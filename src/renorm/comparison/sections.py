@@ -242,10 +242,10 @@ def _differences(page: Page) -> str:
         return ""
     return (
         "<p>Differences are taken between trials of the same seed, which start from the same weights and see the "
-        "samples in the same order. p is that of the paired t-test, corrected by Holm’s method; a difference counts as "
-        "shown when at least three pairs give a corrected p below 0.05. The norm with the lowest mean is picked by the "
-        "same trials that test it, which makes p a little too small: among six equal norms with three seeds, some "
-        "difference is claimed in about 7 of 100 studies instead of 5.</p>"
+        "samples in the same order. p is that of the paired t-test (of log-odds, for error rates), corrected by "
+        "Holm’s method; a difference counts as shown when at least three pairs give a corrected p below 0.05. The "
+        "norm with the lowest mean is picked by the same trials that test it, which makes p a little too small: among "
+        "six equal norms with three seeds, some difference is claimed in about 7 of 100 studies instead of 5.</p>"
         + _best_against_others(page, comparisons)
         + _across_batch_sizes(page)
     )

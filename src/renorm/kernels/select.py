@@ -138,6 +138,9 @@ def explain(layer: _Layer, x: Tensor, mask: Tensor | None = None) -> str:
     >>> print(explain(renorm.GroupNorm(2, 4), torch.zeros(3, 4, 5)))
     kernel: torch.group_norm
     n (g [c]) [...] on 3x4x5: 6 sets of 10 entries, row kernel
-      n g   kept     weighted  ...
+      n     kept                3 x 20
+      g     kept     weighted   2 x 10
+      c     reduced  weighted   2 x 5
+      ...0  reduced             5 x 1
     """
     return f"kernel: {layer.kernel(x, mask)}\n{layer.plan(x)}"

@@ -87,8 +87,9 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
     over everything but the channels; running statistics in evaluation. Arguments as `torch.nn.BatchNorm1d`, then
     `unbiased`, `one_value` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
 
-    >>> BatchNorm1d(3)(torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]))[0]
-    tensor([-1.0000, -1.0000, -1.0000], grad_fn=<SelectBackward0>)
+    >>> BatchNorm1d(2, affine=False)(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    tensor([[-1.0000, -1.0000],
+            [ 1.0000,  1.0000]])
     """
 
 
@@ -269,9 +270,9 @@ class GroupNorm(Norm, nn.GroupNorm):
     groups as channels is instance norm. Arguments as `torch.nn.GroupNorm`, then `backend` as `Norm`. Wu & He 2018,
     arXiv:1803.08494.
 
-    >>> GroupNorm(1, 2)(torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
+    >>> GroupNorm(1, 2, affine=False)(torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
     tensor([[-1.0000,  1.0000],
-            [-1.0000,  1.0000]], grad_fn=<ViewBackward0>)
+            [-1.0000,  1.0000]])
     """
 
     def __init__(
