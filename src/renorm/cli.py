@@ -120,7 +120,7 @@ def compare(
         console = Console()
         console.print(table(comparison.analysis))
         console.print(comparison.sentence, markup=False, highlight=False)
-        for note in comparison.notes:
+        for note in (*comparison.analysis.notes, *comparison.notes):
             console.print(f"note: {note}", markup=False, highlight=False)
         console.print(f"took {duration(time.monotonic() - start)}; report: ", end="", highlight=False)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)

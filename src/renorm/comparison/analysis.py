@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from renorm.comparison.cells import (
     SIGNIFICANCE,
     Cell,
-    Comparison,
+    Contrast,
     Row,
     Setting,
     cells_of,
@@ -21,7 +21,7 @@ from renorm.comparison.score import Estimate, Score
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.comparison.verdict import notes, sentence
 
-__all__ = ["Analysis", "Cell", "Change", "Comparison", "Row", "Setting", "analyse"]
+__all__ = ["Analysis", "Cell", "Change", "Contrast", "Row", "Setting", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Change:
     large: int  # the largest batch size
     difference: Estimate  # score at the smallest minus score at the largest
     p_corrected: float  # by Holm's method over the norms; nan where not tested
-    shown: bool  # as in Comparison
+    shown: bool  # as in Contrast
 
     @property
     def verdict(self) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from renorm.comparison.score import Estimate, Score, estimate
 from renorm.comparison.spec import TrialResult, TrialSpec
 
-__all__ = ["Cell", "Comparison", "Row", "Setting", "cells_of", "ending", "paired"]
+__all__ = ["Cell", "Contrast", "Row", "Setting", "cells_of", "ending", "paired"]
 
 SIGNIFICANCE = 0.05
 LEAST_PAIRS = 3
@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """The best norm of a setting against another one, by differences between trials of the same seed."""
 
     setting: Setting
@@ -77,7 +77,7 @@ class Cell:
 
     setting: Setting
     rows: tuple[Row, ...]  # the best first; those without a score last
-    comparisons: tuple[Comparison, ...]  # the best row against each other one that has a score
+    comparisons: tuple[Contrast, ...]  # the best row against each other one that has a score
 
     @property
     def best(self) -> Row | None:
@@ -185,15 +185,15 @@ def _cell(score: Score, setting: Setting, rows: Sequence[Row]) -> Cell:
     return Cell(setting, (*placed, *unfinished), comparisons)
 
 
-def _comparisons(score: Score, best: Row, others: Sequence[Row]) -> tuple[Comparison, ...]:
+def _comparisons(score: Score, best: Row, others: Sequence[Row]) -> tuple[Contrast, ...]:
     differences = [paired(score, other, best) for other in others]
     return tuple(
-        Comparison(best.setting, best.norm, other.norm, difference, p, p < SIGNIFICANCE)
+        Contrast(best.setting, best.norm, other.norm, difference, p, p < SIGNIFICANCE)
         for other, difference, p in zip(others, differences, corrected(differences), strict=True)
     )
 
 
-def _place(comparison: Comparison) -> Place:
+def _place(comparison: Contrast) -> Place:
     if math.isnan(comparison.p_corrected):
         return "untested"
     if not comparison.shown:

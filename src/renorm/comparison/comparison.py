@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Best", "Comparison"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Best:
     """The norm with the lowest mean score at one setting, and those it is not shown to be better than."""
 
@@ -33,8 +33,15 @@ class Best:
         """The best norm, as the study writes it: "group(32)"."""
         return self.row.norm
 
+    def __repr__(self) -> str:
+        others = ", ".join(row.norm for row in self.not_different) or "none"
+        mean = f"{self.row.score.mean:.4g}"
+        return (
+            f"<Best {self.norm!r}: {mean} at batch size {self.row.setting.batch_size}; not shown to differ: {others}>"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The trials of a comparison and what they show."""
 
@@ -96,6 +103,9 @@ class Comparison:
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report, one HTML file without outside parts; by default into the study's folder."""
         return Path(report.write(self.record, self.results, Path(path or self.folder / "report.html")))
+
+    def __repr__(self) -> str:
+        return f"<Comparison {self.record.name!r}, {len(self.results)} trials: {self.sentence}>"
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)

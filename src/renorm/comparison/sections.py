@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from renorm.comparison.analysis import Analysis, Change, Comparison
+from renorm.comparison.analysis import Analysis, Change, Contrast
 from renorm.comparison.areas import Area, areas_of
 from renorm.comparison.cells import Cell, Row, ending
 from renorm.comparison.charts import Chart, Table
@@ -251,7 +251,7 @@ def _differences(page: Page) -> str:
     )
 
 
-def _best_against_others(page: Page, comparisons: Sequence[tuple[Cell, Comparison]]) -> str:
+def _best_against_others(page: Page, comparisons: Sequence[tuple[Cell, Contrast]]) -> str:
     if not comparisons:
         return ""
     varying = varying_fields(page.analysis.cells)

@@ -12,6 +12,7 @@ from renorm.comparison.spec import StudyRecord
 __all__ = ["joined", "norm_title", "notes", "sentence", "setting_title"]
 
 _TUNED = "Each norm has its own learning rate, chosen on the validation part."
+_SHARED = "All norms share one learning rate, which favours whoever it suits; tune_lr gives each its own."
 _TITLES = {"none": "no norm", "rms": "RMS norm", "switch": "switchable norm"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -126,7 +127,7 @@ def notes(record: StudyRecord, score: Score, cells: Sequence[Cell], num_missing:
         _note_of_part(score),
         _note_of_survivors(cells),
         f"{num_missing} of {len(record.keys)} trials have not run yet." if num_missing else "",
-        _TUNED if record.settings.get("tune_lr") else "",
+        _TUNED if record.settings.get("tune_lr") else _SHARED,
     ]
     return tuple(note for note in found if note)
 
