@@ -100,10 +100,11 @@ def check_half(case: Case) -> None:
         layer, x = case.layer(dtype), case.input(dtype)
         reference = case.layer(dtype).double()
         expected = case.formula(reference, x.double(), None)
-        y = layer(x)
-        assert y.dtype == dtype
-        # One rounding of y is half a unit; the parameters' product and sum add two at most.
-        close(y, expected, 2 * eps_of(dtype) * max(1.0, expected.abs().max().item()))
+        for laid in layouts(x).values():
+            y = copy.deepcopy(layer)(laid)
+            assert y.dtype == dtype
+            # One rounding of y is half a unit; the parameters' product and sum add two at most.
+            close(y, expected, 2 * eps_of(dtype) * max(1.0, expected.abs().max().item()))
 
 
 def check_half_with_float32_parameters(case: Case) -> None:
@@ -169,7 +170,8 @@ def check_magnitudes(case: Case) -> None:
     for scale in (1e15, 1e-12):
         x = case.input() * scale
         expected = case.formula(case.layer(torch.float64), x.double(), None)
-        close(case.layer()(x), expected, 1e-4)
+        for laid in layouts(x).values():
+            close(case.layer()(laid), expected, 1e-4)
 
 
 def check_non_finite(case: Case) -> None:
@@ -295,9 +297,18 @@ def check_torch_twin(case: Case) -> None:
             strict=True,
         ):
             close(p, q, 64 * eps_of(torch.float32) * max(1.0, q.abs().max().item()))
+        twice = [second_gradient(layer, x) for layer, x in ((ours, a), (theirs, b))]
+        close(*twice, 1e-3 * max(1.0, twice[1].abs().max().item()))
     for name, value in theirs.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             close(ours.state_dict()[name], value, 8 * eps_of(torch.float32) * max(1.0, value.abs().max().item()))
+
+
+def second_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of the squared gradient: what a gradient penalty needs."""
+    (first,) = torch.autograd.grad(copy.deepcopy(layer)(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().mean(), x)
+    return second
 
 
 def check_compile(case: Case) -> None:
