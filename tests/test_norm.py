@@ -278,8 +278,8 @@ def test_backend_by_environment(monkeypatch):
     ("layer", "words"),
     [
         (lambda: rn.SwitchNorm2d(6, backend="torch"), "no kernel for a solve of its own"),
-        (lambda: rn.Norm("n [c] ...", c=6, backend="torch"), "no kernel for this pattern"),
-        (lambda: rn.Norm("n [c ...]", center=False, c=6, backend="torch"), "rms_norm is over trailing axes"),
+        (lambda: rn.Norm("(k [b]) c ...", k=1, c=6, running=None, backend="torch"), "no kernel for this pattern"),
+        (lambda: rn.Norm("n [c ...]", center=False, c=6, backend="torch"), "rms_norm is over"),
         (lambda: rn.InstanceNorm2d(6, track_running_stats=True, backend="torch"), "does not hand out the moments"),
         (lambda: rn.GroupNorm(2, 6, backend="torch", dtype=torch.float64), "parameters' dtype"),
     ],

@@ -18,11 +18,12 @@ from renorm.pattern import Partition
 
 __all__ = ["batch_norm", "batch_norm_in_training", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
 
-# Roles of the split view's axes, see Partition.roles. The order matters: the first that fits is the fastest.
+# Roles of the split view's axes, see Partition.roles. The first that fits is the fastest.
 _FORMS = (
     ("layer_norm", re.compile(r"k*(r+|R+)\Z")),  # whole trailing axes, parameters along all of them or none
     ("group_norm", re.compile(r"k*K*R*r*\Z")),  # samples, groups, channels of a group, positions
     ("batch_norm", re.compile(r"r*(k+|K+)r*\Z")),  # everything but the channels
+    ("layer_norm", re.compile(r"k*(r+|R+)k*\Z")),  # axes in the middle, moved to the end and back
 )
 
 
@@ -32,17 +33,16 @@ def recognize(part: Partition) -> str | None:
 
 
 def layer_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`F.layer_norm` over the reduced axes, which come last."""
-    v = part.view(x)
-    shape = v.shape[part.reduced[0] :]
-    return _like(F.layer_norm(v, shape, _shaped(weight, shape), _shaped(bias, shape), eps), x)
+    """`F.layer_norm` over the reduced axes."""
+    v, shape = _reduced_last(part.view(x), part)
+    y = F.layer_norm(v, shape, _shaped(weight, shape), _shaped(bias, shape), eps)
+    return _like(_reduced_back(y, part), x)
 
 
 def rms_norm(x: Tensor, part: Partition, weight: Tensor | None, eps: float) -> Tensor:
-    """`F.rms_norm` over the reduced axes, which come last."""
-    v = part.view(x)
-    shape = v.shape[part.reduced[0] :]
-    return _like(F.rms_norm(v, shape, _shaped(weight, shape), eps), x)
+    """`F.rms_norm` over the reduced axes."""
+    v, shape = _reduced_last(part.view(x), part)
+    return _like(_reduced_back(F.rms_norm(v, shape, _shaped(weight, shape), eps), part), x)
 
 
 def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -110,19 +110,32 @@ def _channels_second(x: Tensor, part: Partition) -> Tensor:
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def _reduced_last(v: Tensor, part: Partition) -> tuple[Tensor, torch.Size]:
+    """A split view with its reduced axes, which are neighbours, moved to the end; and their sizes."""
+    if part.reduced[-1] != v.dim() - 1:
+        v = v.movedim(part.reduced, tuple(range(-len(part.reduced), 0)))
+    return v, v.shape[-len(part.reduced) :]
+
+
+def _reduced_back(y: Tensor, part: Partition) -> Tensor:
+    if part.reduced[-1] == y.dim() - 1:
+        return y
+    return y.movedim(tuple(range(-len(part.reduced), 0)), part.reduced)
+
+
 def _shaped(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
     return parameter if parameter is None or parameter.shape == shape else parameter.reshape(shape)
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in x's shape and dtype (autocast may have widened it), and in channels_last where x is."""
+    """`y` in x's shape, dtype (autocast may have widened it) and memory format."""
     # Each of these is a node in the graph of the backward pass: only where something changes.
     if y.shape != x.shape:
         y = y.reshape(x.shape)
     if y.dtype != x.dtype:
         y = y.to(x.dtype)
     if x.is_contiguous():
-        return y
+        return y.contiguous()
     layout = _CHANNELS_LAST.get(x.dim())
     if layout is None or not x.is_contiguous(memory_format=layout):
         return y

@@ -80,7 +80,7 @@ def _why_not_torch(
     if op is None:
         return "torch has no kernel for this pattern"
     if about_zero and (op != "layer_norm" or bias is not None):
-        return "torch's rms_norm is over trailing axes, without a bias"
+        return "torch's rms_norm is over whole axes, with a weight along all of them and no bias"
     if weight is not None and weight.dtype != x.dtype:
         if weight.dtype != torch.float32 or x.dtype not in (torch.float16, torch.bfloat16):
             return "the parameters' dtype is not the input's"
