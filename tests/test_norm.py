@@ -119,7 +119,7 @@ def test_one_value_policies():
     close(layer(x), expected, 1e-6)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
     assert torch.equal(rn.BatchNorm1d(2, one_value="allow")(x), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="drop_last=True"):
+    with pytest.raises(ValueError, match="one_value='running' to normalize"):
         rn.BatchNorm1d(2)(x)
     assert rn.BatchNorm1d(2).eval()(x).shape == x.shape
 

@@ -178,3 +178,11 @@ def test_a_batch_larger_than_the_training_part_is_refused() -> None:
 def test_the_number_of_steps_drops_incomplete_batches() -> None:
     (spec,) = grid(small.study(norm="rms", seeds=1, batch_size=10, epochs=3), small.splits())
     assert num_steps(spec, 48) == 3 * 4
+
+
+def test_a_regression_has_a_learning_rate_of_its_own_unless_one_is_named() -> None:
+    assert Study().for_task("classification").lr == (0.1,)
+    assert Study().for_task("regression").lr == (0.01,)
+    assert Study(lr=0.3).for_task("regression").lr == (0.3,)
+    assert Study(tune_lr=True).for_task("regression").lr == RATES
+    assert "--lr 0.01" in Study().for_task("regression").command()

@@ -71,6 +71,7 @@ def without_measurements(result: TrialResult) -> TrialResult:
 # What is trained
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_trial_is_the_training_loop_of_its_docstring(small: Splits, optimizer: str) -> None:
     spec = spec_of(small, optimizer=optimizer, seed=5)

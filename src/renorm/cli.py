@@ -23,6 +23,7 @@ main = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in a help text are brackets
 )
 
 
@@ -70,7 +71,9 @@ def compare(
         _axis("none, batch, layer, instance, group, group(32), rms, switch, or a pattern"),
     ] = None,
     batch_size: Annotated[list[str] | None, _axis("Samples a step  [default: 2,32]")] = None,
-    lr: Annotated[list[str] | None, _axis("Learning rates at batch size 32  [default: 0.1]")] = None,
+    lr: Annotated[
+        list[str] | None, _axis("Learning rates at batch size 32  [default: 0.1, in a regression 0.01]")
+    ] = None,
     lr_scale: Annotated[
         str | None, typer.Option(help="linear: lr * batch size / 32; none: lr as it is.  [default: linear]")
     ] = None,

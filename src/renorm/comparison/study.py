@@ -37,6 +37,7 @@ else:
 __all__ = ["RATES", "Study", "grid", "num_steps"]
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what tuning tries when the study names no rates
+REGRESSION_RATE = 0.01
 REFERENCE_BATCH = 32  # the batch size at which linear scaling leaves a learning rate as it is
 
 
@@ -182,6 +183,16 @@ class Study(BaseModel):
     def settings(self) -> dict[str, Any]:
         """Every setting with its value, as plain JSON values; ``Study(**settings)`` gives the study back."""
         return self.model_dump(mode="json")
+
+    def for_task(self, task: str) -> Study:
+        """The study with the task's learning rate, 0.01 for a regression, where none was named.
+
+        At 0.1, which suits a cross-entropy, the squared error behind a layer or group norm diverges: its curvature
+        grows with the number of normalized features that the last layer sums.
+        """
+        if task == "classification" or "lr" in self.model_fields_set or self.tune_lr:
+            return self
+        return Study(**{**self.settings(), "lr": REGRESSION_RATE})
 
     def command(self) -> str:
         """What to type in a shell to run this study: only what differs from the defaults is written."""

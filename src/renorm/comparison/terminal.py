@@ -41,11 +41,11 @@ def table(analysis: Analysis) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    shown.add_column("Norm", no_wrap=True)
+    shown.add_column("Norm", overflow="fold")
     shown.add_column("Error %" if score.is_rate else "RMSE", justify="right", no_wrap=True)
     shown.add_column("95% interval", no_wrap=True)
     shown.add_column("Against the lowest", no_wrap=True)
-    shown.add_column("Seeds", max_width=10)
+    shown.add_column("Seeds", min_width=8, max_width=10)
     shown.add_column("ms/step", justify="right", no_wrap=True)
     for cell in analysis.cells:
         _add(shown, analysis, cell)

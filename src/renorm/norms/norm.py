@@ -288,10 +288,12 @@ class Norm(nn.Module):
         if self.one_value == "running" and self.running_mean is not None:
             return True
         what = "spatial element" if "n" in [part.names[i] for i in part.kept] else "value per channel"
+        remedy = (
+            "" if self.running_mean is None else ", or one_value='running' to normalize such a batch by what is known"
+        )
         raise ShapeError(
             f"Expected more than 1 {what} when training, got input size {tuple(x.shape)}: the variance of one value "
-            "is 0. Use larger batches or inputs, drop_last=True in the data loader, or one_value='running' to "
-            "normalize such a batch by the running statistics"
+            f"is 0. Use larger batches or inputs, or drop_last=True in the data loader{remedy}"
         )
 
     def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
