@@ -117,8 +117,8 @@ def test_other_code_of_a_reference_is_another_model(tmp_path: Path) -> None:
     ("reference", "message"),
     [
         ("no_such_module_here:build", "No module named 'no_such_module_here'; write package.module:function"),
-        ("no/such/file.py:build", r"the model's file must exist; there is no no/such/file\.py"),
-        ("torch.nn:build_it", "torch.nn must have a function .*; it has no function 'build_it'"),
+        ("no/such/file.py:build", r"a file of code must exist; there is no file 'no/such/file\.py"),
+        ("torch.nn:build_it", "torch.nn must have the function .*; it has no function 'build_it'"),
         ("torch.nn:Linear", r"torch.nn:Linear must build a model without arguments; it raised TypeError: .*"),
         ("os:getcwd", r"os:getcwd must return a torch.nn.Module; it returned str"),
     ],

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 from renorm import errors, kernels
-from renorm.norms import (
+from renorm.norms.norm import Norm
+from renorm.norms.zoo import (
     BatchNorm,
     BatchNorm1d,
     BatchNorm2d,
@@ -16,7 +17,6 @@ from renorm.norms import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
-    Norm,
     RMSNorm,
     SwitchNorm,
     SwitchNorm1d,

@@ -17,6 +17,7 @@ import pandas as pd
 from sklearn.preprocessing import StandardScaler
 
 from renorm.comparison import arrays, table
+from renorm.comparison.atomic import writing
 from renorm.comparison.read import BUILT_IN, Dataset, from_pairs, load
 from renorm.comparison.target import Task
 from renorm.errors import DataError, StudyError
@@ -93,15 +94,8 @@ class Splits:
         facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ARRAYS}
         facts["fingerprint"] = self.fingerprint
         values = {name: getattr(self, name) for name in _ARRAYS}
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, facts=np.array(json.dumps(facts)), **values)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(Path(path)) as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Splits:

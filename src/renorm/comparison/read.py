@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -22,8 +17,9 @@ from sklearn import datasets
 from torch.utils.data import Dataset as TorchDataset
 
 from renorm.comparison import arrays, images, table
+from renorm.comparison.reference import Reference
 from renorm.comparison.target import Target, recognise
-from renorm.errors import DataError
+from renorm.errors import DataError, StudyError
 
 __all__ = ["BUILT_IN", "Dataset", "from_pairs", "load"]
 
@@ -215,50 +211,17 @@ def _is_parts(returned: Any) -> TypeGuard[tuple[object, ...]]:
 
 def _call(source: str) -> Any:
     """What the function called "module:function" or "file.py:function" returns."""
-    module_name, _, function_name = source.rpartition(":")
-    # what the module imports lies beside it or in the current folder; it may do so when it is called
-    with _importable(Path.cwd(), Path(module_name).expanduser().resolve().parent):
-        try:
-            function = getattr(_import(module_name), function_name, None)
-            if callable(function):
-                return function()
-        except DataError:
-            raise
-        # the user's code may raise anything
-        except Exception as error:
-            raise DataError(f"{source}: the function raised {type(error).__name__}: {error}") from error
-    raise DataError(f"{source}: {module_name} must have a function {function_name!r}; it has none")
-
-
-@contextmanager
-def _importable(*folders: Path) -> Iterator[None]:
-    before = sys.path[:]
-    sys.path[:0] = [str(folder) for folder in folders]
     try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _import(name: str) -> ModuleType:
-    if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise DataError(
-                f"there is no module {name!r} here ({error}); write package.module:function or file.py:function"
-            ) from error
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no file {name!r}; write package.module:function or file.py:function")
-    spec = importlib.util.spec_from_file_location(f"renorm_data_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"{name}: cannot be imported as Python code")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up there
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+        function = Reference(source).resolve()
+    except StudyError as error:
+        raise DataError(str(error)) from error
+    try:
+        return function()
+    except DataError:
+        raise
+    # the user's code may raise anything
+    except Exception as error:
+        raise DataError(f"{source}: the function raised {type(error).__name__}: {error}") from error
 
 
 def _refuse_leak(dataset: Dataset) -> None:

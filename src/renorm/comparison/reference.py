@@ -1,4 +1,4 @@
-"""A model by reference: "package.module:function" or "path/to/file.py:function"."""
+"""The user's own code by reference: "package.module:function" or "path/to/file.py:function"."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["Reference"]
 
 @dataclass(frozen=True)
 class Reference:
-    """A function without arguments that builds a model, by name; calling it imports and calls that function.
+    """A function without arguments, by name: it builds a model, or returns data.
 
     The current folder and the file's own folder are put on ``sys.path`` and stay there, as Python does with a
-    script's folder, because the model may import from them while it runs.
+    script's folder, because the function may import from them when it is called.
     """
 
     text: str  # "package.module:function" or "path/to/file.py:function"
@@ -42,7 +42,7 @@ class Reference:
         module, _, name = self.text.rpartition(":")
         function = getattr(_load(module), name, None)
         if not callable(function):
-            raise StudyError(f"{module} must have a function that builds the model; it has no function {name!r}")
+            raise StudyError(f"{module} must have the function that is named; it has no function {name!r}")
         return function  # type: ignore[no-any-return]
 
     def __call__(self) -> nn.Module:
@@ -70,7 +70,7 @@ def _load(name: str) -> ModuleType:
         raise
     # the user's code may raise anything
     except Exception as error:
-        raise StudyError(f"the model's module {name!r} must be importable; it raised {_told(error)}") from error
+        raise StudyError(f"the module {name!r} must be importable; it raised {_told(error)}") from error
 
 
 def _load_module(name: str) -> ModuleType:
@@ -79,15 +79,15 @@ def _load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise StudyError(
-            f"the model's module must be importable from the current folder; {error}; "
+            f"a module must be importable from the current folder; {error}; "
             "write package.module:function or path/to/file.py:function"
         ) from None
 
 
 def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"renorm_model_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"renorm_user_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise StudyError(f"the model's file must exist; there is no {path}")
+        raise StudyError(f"a file of code must exist; there is no file {str(path)!r}")
     _put_on_path(path.resolve().parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there

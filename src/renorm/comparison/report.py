@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from renorm.comparison.analysis import analyse
+from renorm.comparison.atomic import writing
 from renorm.comparison.charts import Chart, cost_charts, curve_charts, norms_shown, score_charts
 from renorm.comparison.sections import Page, body
 from renorm.comparison.spec import StudyRecord, TrialResult
@@ -35,16 +35,8 @@ def write(record: StudyRecord, results: Sequence[TrialResult], path: str | Path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name read from a broken file name can hold what UTF-8 cannot: it becomes a question mark.
     content = html(record, results).encode("utf-8", errors="replace")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(target) as file:
+        file.write(content)
     return target
 
 

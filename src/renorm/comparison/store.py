@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from renorm.comparison.atomic import writing
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.errors import StudyError
 
@@ -132,24 +133,5 @@ def _try_lock(file: IO[bytes]) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    """Write a temporary file in the same folder, and move it to its place when it is on the disk."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        _flush(path.parent)  # the new name, not only the contents
-
-
-def _flush(path: Path) -> None:
-    # Windows flushes only what is open for writing; a folder can only be opened for reading.
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with writing(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")

@@ -21,7 +21,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
     Raises SwapError where the model has a torch.nn norm with running statistics, which has no frozen state (swap it
     first), or no norm at all.
 
-    >>> from renorm.norms import BatchNorm1d
+    >>> from renorm.norms.zoo import BatchNorm1d
     >>> freeze(BatchNorm1d(4)).train().frozen
     True
     """
