@@ -93,7 +93,7 @@ def test_a_class_from_the_main_script_reaches_the_workers(tmp_path: Path) -> Non
             return self.layers(x)  # type: ignore[no-any-return]
 
     comparison = quick(Local, folder=tmp_path, jobs=2)
-    assert {result.status for result in comparison.results} == {"ok"}
+    assert {(result.status, result.reason) for result in comparison.results} == {("ok", "")}
 
 
 def test_a_built_in_model_takes_a_data_source(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from checks import close
+from checks import close, moments
+from hypothesis import assume, given, settings
+from test_plan import cases
 from torch import nn
 
 import renorm as rn
 from renorm.errors import BackendError, PatternError, ShapeError
 from renorm.kernels.moments import Affine
+from renorm.pattern import partition
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def test_what_a_layer_cannot_be_made_of(pattern, options, words):
         (rn.InstanceNorm2d(3, affine=True), (2, 4, 5, 5), "dimension 1 must have 3 entries"),
         (rn.LayerNorm(3), (2, 4), "dimension 1 must have 3 entries"),
         (rn.GroupNorm(2, 4), (2, 6, 3), "dimension 1 must have 4 entries"),
+        (rn.GroupNorm(4, 4), (1, 4), "Expected more than 1 value per channel when training"),
         (rn.GroupNorm(2, 4), (4,), "at least 2 dimensions; the tensor has 1"),
         (rn.RMSNorm((2, 3)), (5, 2, 4), "dimension 2 must have 3 entries"),
     ],
@@ -289,6 +293,59 @@ def test_a_backend_that_cannot_run_says_why(layer, words):
         layer()(torch.randn(2, 6, 4, 4))
     with pytest.raises(BackendError, match="take no mask"):
         rn.LayerNorm(4, backend="torch")(torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "kernel"),
+    [
+        ("[n] c d [...]", {"c": 3, "d": 4, "weight": "c d"}, "torch.batch_norm"),
+        ("[n] c d w", {"c": 3, "d": 4, "w": 6, "weight": "c d w", "running": "c"}, "torch.batch_norm"),
+        ("[n] c d w", {"c": 3, "d": 4, "w": 6, "weight": "d", "running": "c d w"}, "reference"),
+        ("n [c d] ...", {"c": 3, "d": 4, "weight": "c d"}, "torch.layer_norm"),
+        ("n c d [...]", {"c": 3, "d": 4, "weight": "c d"}, "torch.group_norm"),
+        ("n c [d] w", {"c": 3, "d": 4, "weight": "c d"}, "reference"),
+        ("n (g [c]) d [...]", {"g": 3, "c": 1, "d": 4, "weight": "g c d"}, "reference"),
+    ],
+)
+def test_parameters_along_several_dimensions(pattern, options, kernel):
+    """Torch's kernels want vectors; the formula is the reference's, which checks.py holds to the paper's."""
+    x = torch.randn(5, 3, 4, 6) + 1
+    layers = [rn.Norm(pattern, backend=backend, **options) for backend in ("auto", "reference")]
+    with torch.no_grad():
+        for one, other in zip(*(layer.parameters() for layer in layers), strict=True):
+            other.copy_(one.normal_())
+    assert layers[0].kernel(x) == kernel
+    for training in (True, False):
+        y, z = (layer.train(training)(x) for layer in layers)
+        close(y, z, 2e-6 * max(1.0, z.abs().max().item()))
+    for one, other in zip(*(layer.buffers() for layer in layers), strict=True):
+        close(one, other, 1e-6)
+
+
+@given(cases())
+@settings(max_examples=200, deadline=None)
+def test_any_pattern_by_whatever_kernel_is_the_formula(case):
+    """Random patterns, splits, weighted axes and strides: the kernel that is chosen computes the definition."""
+    pattern, sizes, weighted, x = case
+    part = partition(pattern, x.dim(), sizes, weighted)
+    split = dict(zip(part.names, part.split_shape(x.shape), strict=True))
+    assume(all(size > 0 for size in split.values()))
+    layer = rn.Norm(
+        pattern, weight=" ".join(weighted) or None, running=None, **{**sizes, **{n: split[n] for n in weighted}}
+    )
+    layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    view = part.view(x)
+    mean, var = moments(view, part.reduced)
+    along = [size if i in part.weighted else 1 for i, size in enumerate(view.shape)]
+    expected = (view - mean) / (var + 1e-5).sqrt()
+    if weighted:
+        expected = expected * layer.weight.reshape(along) + layer.bias.reshape(along)
+    y = layer(x)
+    assert y.shape == x.shape
+    close(y, expected.reshape(x.shape), 1e-9 * max(1.0, expected.abs().max().item()))
 
 
 def test_explain_and_repr_say_what_ran():

@@ -19,7 +19,7 @@ _WORDS = {
     "best": "★ lowest",
     "open": "no difference shown",
     "worse": "worse",
-    "survivor": "lower where it finished",
+    "survivor": "lower in some seeds",
     "untested": "not tested",
     "unfinished": "–",
 }
@@ -41,7 +41,9 @@ def table(analysis: Analysis) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    shown.add_column("Norm", overflow="fold")
+    # A pattern may be long; the other names must not give way to the words beside them.
+    longest = max((len(norm_title(row.norm)) for row in analysis.rows), default=0)
+    shown.add_column("Norm", no_wrap=longest <= 22, overflow="fold")
     shown.add_column("Error %" if score.is_rate else "RMSE", justify="right", no_wrap=True)
     shown.add_column("95% interval", no_wrap=True)
     shown.add_column("Against the lowest", no_wrap=True)

@@ -53,7 +53,7 @@ def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor |
     ]
     as_it_is = x.shape[:2] == (samples, groups * channels)
     v = x.contiguous() if as_it_is else x.reshape(samples, groups * channels, positions)
-    return _like(F.group_norm(v, groups, weight, bias, eps), x)
+    return _like(F.group_norm(v, groups, _flat(weight), _flat(bias), eps), x)
 
 
 def batch_norm(
@@ -67,7 +67,7 @@ def batch_norm(
     dtype = weight.dtype if weight is not None else torch.float32 if half else x.dtype
     # Momentum 1 turns torch's running statistics into this batch's own: exact, without a pass of our own.
     mean, unbiased = v.new_zeros(channels, dtype=dtype), v.new_zeros(channels, dtype=dtype)
-    y = F.batch_norm(v, mean, unbiased, weight, bias, True, 1.0, eps)
+    y = F.batch_norm(v, mean, unbiased, _flat(weight), _flat(bias), True, 1.0, eps)
     n = math.prod([split[i] for i in part.reduced])
     shape = [1 if i in part.reduced else size for i, size in enumerate(split)]
     count = mean.new_full([1] * len(split), n, dtype=torch.float32)
@@ -87,7 +87,8 @@ def batch_norm_in_training(
     """`F.batch_norm` with running mean and variance, and what these would become; they themselves are not touched."""
     # Clones: autograd keeps what torch is given here, and a later change of it would be an error in backward.
     mean, var = running[0].clone(), running[1].clone()
-    y = F.batch_norm(_channels_second(x, part), mean, var, weight, bias, True, momentum, eps)
+    v = _channels_second(x, part)
+    y = F.batch_norm(v, mean.view(-1), var.view(-1), _flat(weight), _flat(bias), True, momentum, eps)
     return _like(y, x), mean, var
 
 
@@ -98,7 +99,7 @@ def fixed_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def _channels_second(x: Tensor, part: Partition) -> Tensor:
     """`x` itself where dimension 1 is the kept one, so that channels_last and deployment tools see through."""
-    if [part.dims[i] for i in part.kept] == [1]:
+    if [part.dims[i] for i in part.kept] == [1] and part.dims.count(1) == 1:
         return x
     roles = part.roles.lower()
     first, last = roles.index("k"), roles.rindex("k") + 1
@@ -121,6 +122,11 @@ def _reduced_back(y: Tensor, part: Partition) -> Tensor:
     if part.reduced[-1] == y.dim() - 1:
         return y
     return y.movedim(tuple(range(-len(part.reduced), 0)), part.reduced)
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    """Parameters along several dimensions as the vector torch wants."""
+    return parameter if parameter is None or parameter.dim() == 1 else parameter.flatten()
 
 
 def _shaped(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:

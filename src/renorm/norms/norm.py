@@ -190,9 +190,11 @@ class Norm(nn.Module):
             moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
             return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
         running = self._running()
+        # In the common case torch's batch norm moves the running statistics as this layer would.
+        by_torch = kernel == "torch.batch_norm" and self.unbiased and bound.running == part.kept
         if running is None:
             y, _ = select.normalize(x, part, kernel, weight, bias, eps, about_zero=not self.center, mask=mask)
-        elif kernel == "torch.batch_norm" and self.unbiased and self.momentum is not None:
+        elif by_torch and self.momentum is not None:
             y, *new = aten.batch_norm_in_training(x, part, weight, bias, eps, running, self.momentum)
             if not running_statistics.recomputing():
                 running_statistics.commit(running, (new[0], new[1]), self.num_batches_tracked)
@@ -312,10 +314,11 @@ class Norm(nn.Module):
         """What in this layer keeps torch's kernels from computing it."""
         if not self._plain:
             return "torch has no kernel for a solve of its own"
-        if bound.op != "batch_norm":
-            tracks = self._running() is not None
-            return "torch's kernel does not hand out the moments that running statistics need" if tracks else None
-        return "torch's kernel wants more than one value" if self._set_size(bound.part, x) == 1 else None
+        if bound.op != "batch_norm" and self._running() is not None:
+            return "torch's kernel does not hand out the moments that running statistics need"
+        if bound.op in ("batch_norm", "group_norm") and self._set_size(bound.part, x) == 1:
+            return "torch's kernel wants more than one value"
+        return None
 
     def _set_size(self, part: Partition, x: Tensor) -> int:
         split = part.view(x).shape

@@ -295,6 +295,12 @@ class GroupNorm(Norm, nn.GroupNorm):
             backend=backend,
         )
 
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize `x`; see `Norm`."""
+        if x.numel() == self.num_groups:  # torch refuses one value a group where there is one sample only
+            raise ShapeError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        return super().forward(x, mask)
+
 
 class SwitchNorm(Norm):
     r"""Switchable norm: standardize by a learnt mixture of instance, layer and batch statistics.
