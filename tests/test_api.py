@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,17 @@ def test_a_class_from_the_main_script_reaches_the_workers(tmp_path: Path) -> Non
 
     comparison = quick(Local, folder=tmp_path, jobs=2)
     assert {(result.status, result.reason) for result in comparison.results} == {("ok", "")}
+
+
+def test_a_model_from_a_module_that_workers_cannot_import_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("only_in_this_process")
+    exec("from torch import nn\ndef build(): return nn.BatchNorm1d(2)", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    comparison = quick(module.build, folder=tmp_path, jobs=2, seeds=1)
+    assert {result.status for result in comparison.results} == {"failed"}
+    assert "No module named 'only_in_this_process'" in comparison.results[0].reason
 
 
 def test_a_built_in_model_takes_a_data_source(tmp_path: Path) -> None:

@@ -159,9 +159,8 @@ class _Pool:
             # Two jobs, because joblib runs a single one in this process.
             (result,) = self._stream([spec], 2)
             return result
-        except BrokenProcessPool:
-            reason = "its process died twice without a Python exception, most likely for lack of memory"
-            return TrialResult(spec, "failed", reason)
+        except BrokenProcessPool as error:
+            return TrialResult(spec, "failed", _why_broken(error))
 
     def _stream(self, specs: Sequence[TrialSpec], jobs: int) -> Generator[TrialResult]:
         options: dict[str, Any] = {"n_jobs": jobs, "backend": self.backend, "batch_size": 1}
@@ -178,6 +177,13 @@ class _Pool:
                 f"the model must be picklable to be trained in another process: {why}; "
                 "make it picklable, or write jobs = 1"
             ) from error
+
+
+def _why_broken(error: BrokenProcessPool) -> str:
+    if "un-serialize" in str(error):  # loky's word for what the worker could not import or rebuild
+        last = str(error.__cause__).strip('"\n').splitlines()[-1]
+        return f"the model could not be rebuilt in another process: {last}; put it into a module that can be imported"
+    return "its process died twice without a Python exception, most likely for lack of memory"
 
 
 def _trial(spec: TrialSpec, data: str, build: Build) -> TrialResult:
