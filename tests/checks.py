@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import renorm as rn
+
 
 @dataclass(frozen=True)
 class Case:
@@ -200,6 +202,19 @@ def check_mask(case: Case) -> None:
         assert (gradient[~mask] == 0).all()
     everything = torch.ones(case.shape, dtype=torch.bool)
     close(copy.deepcopy(layer)(x, everything), copy.deepcopy(layer)(x), 16 * eps_of(torch.float32))
+
+
+def check_mask_in_evaluation(case: Case) -> None:
+    """By running statistics a mask changes no real entry; otherwise it means what it means in training."""
+    layer, x, mask = case.layer(), case.input(), case.mask()
+    layer(x)
+    y = layer.eval()(torch.where(mask, x, float("nan")), mask)
+    assert y.isfinite().all()
+    assert (y[~mask] == 0).all()
+    if layer.running_mean is None:
+        close(y, torch.where(mask, case.formula(case.layer(torch.float64), x.double(), mask), 0), 64 * eps_of(y.dtype))
+    elif type(layer).solve is rn.Norm.solve:  # a mixture measures part of its statistics in evaluation too
+        close(y, torch.where(mask, layer(x), 0), 64 * eps_of(y.dtype))
 
 
 def check_mask_of_nothing(case: Case) -> None:

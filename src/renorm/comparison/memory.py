@@ -17,10 +17,9 @@ _CLEAR = Path("/proc/self/clear_refs")
 class PeakMemory:
     """How far resident memory rises above where it stood at :meth:`start`; nan where the system cannot say.
 
-    It is the high-water mark that Linux keeps of the whole process, set back at the start, after freed
-    memory was
-    returned to the system. Elsewhere, and with a C library that cannot return it (musl), it is nan. What the
-    process allocates beside the model counts too, so that figures below a few megabytes mean nothing.
+    It is the high-water mark that Linux keeps of the whole process, set back at the start, after freed memory was
+    returned to the system. Elsewhere, and with a C library that cannot return it (musl), it is nan. What the process
+    allocates beside the model counts too, so that figures below a few megabytes mean nothing.
 
     >>> memory = PeakMemory()
     >>> memory.start()

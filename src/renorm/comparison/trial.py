@@ -50,10 +50,9 @@ def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> Tr
     cross-entropy, or the mean squared error of the standardized target; the learning rate is constant. The
     test part is read once, after training, and only if `spec.test`.
 
-    A result that is not "ok" says why in `reason`: "refused" if a norm would compute a statistic from a
-    single value,
-    "diverged" at the first loss that is not finite (the curve up to there is kept), "failed" if the
-    model raised an exception or there is no full batch. Random number generators, the default dtype and the
+    A result that is not "ok" says why in `reason`: "refused" if a norm would compute a statistic from a single value,
+    "diverged" at the first loss that is not finite (the curve up to there is kept), "failed" if the model raised an
+    exception or there is no full batch. It runs in one thread; random number generators, the default dtype and the
     thread count are left as they were.
 
     Args:
