@@ -250,7 +250,7 @@ class Norm(nn.Module):
         if not inherited:
             words += [f"{name}={size}" for name, size in self.sizes.items()]
             words.append(f"eps={self.eps}")
-            words += [f"{name}=False" for name in ("center",) if not getattr(self, name)]
+            words += [] if self.center else ["center=False"]
             words += ["weight=None"] if self.weight is None else ["bias=False"] if self.bias is None else []
             words += [f"running={' '.join(self._running_axes)!r}"] if self._running_axes else []
         words += ["frozen=True"] if self.frozen else []
