@@ -22,11 +22,11 @@ from renorm.comparison.data import Splits
 from renorm.comparison.given import Given, GivenModel
 from renorm.comparison.progress import progress as show_progress
 from renorm.comparison.reference import Reference
-from renorm.comparison.run import Build, check_backend, missing, num_jobs, run
+from renorm.comparison.run import check_backend, missing, num_jobs, run
 from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec
 from renorm.comparison.store import Store
 from renorm.comparison.study import Study, grid
-from renorm.comparison.trial import build_model
+from renorm.comparison.trial import Build, build_model
 from renorm.errors import DataError, RenormError, StudyError
 
 __all__ = ["FOLDER", "compare", "run_study"]

@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-from torch import nn
 
 from renorm.comparison.data import Splits
 from renorm.comparison.spec import TrialResult, TrialSpec
 from renorm.comparison.store import Store
-from renorm.comparison.trial import build_model, run_trial
+from renorm.comparison.trial import Build, build_model, run_trial
 from renorm.errors import StudyError
 
-__all__ = ["Build", "Interrupted", "check_backend", "missing", "num_jobs", "run"]
-
-Build = Callable[[TrialSpec, Splits], nn.Module]
+__all__ = ["Interrupted", "check_backend", "missing", "num_jobs", "run"]
 
 _REFUSED = {
     "threading": "trials seed torch's random numbers, which threads share",

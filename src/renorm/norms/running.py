@@ -28,7 +28,7 @@ def recomputing() -> bool:
 def pool(
     moments: Moments, part: Partition, axes: tuple[int, ...], *, unbiased: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and variance along `axes`, averaged over the other kept ones, and how many sets each comes from.
+    """(mean, has_mean, var, has_var), flat along `axes`: averages over the other kept ones, and whether there are any.
 
     Sets without a real entry are left out, and for the unbiased variance, ``var * n / (n - 1)``, those with one.
     """
