@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from renorm.pattern import Partition, Pattern, partition
 
-__all__ = ["Loop", "Plan", "plan"]
+__all__ = ["Loop", "Plan", "contiguous", "plan", "split_strides"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def plan(
     if not isinstance(pattern, Partition):
         pattern = partition(pattern, len(shape), sizes, weighted)
     if strides is None:
-        strides = _contiguous(shape)
+        strides = contiguous(shape)
     return _plan(pattern, tuple(shape), tuple(strides))
 
 
@@ -104,7 +104,7 @@ def _plan(part: Partition, shape: tuple[int, ...], strides: tuple[int, ...]) -> 
     stat_strides = _strides_along(split, kept)
     param_strides = _strides_along(split, weighted)
     loops: list[Loop] = []
-    for axis, (size, stride) in enumerate(zip(split, _split_strides(part, split, strides), strict=True)):
+    for axis, (size, stride) in enumerate(zip(split, split_strides(part, split, strides), strict=True)):
         if size != 1:
             role = (axis not in kept, axis in weighted, stat_strides[axis], param_strides[axis])
             loops.append(Loop(size, stride, *role, names=(part.names[axis],)))
@@ -138,7 +138,7 @@ def _merge(loops: list[Loop]) -> tuple[Loop, ...]:
     return tuple(merged)
 
 
-def _split_strides(part: Partition, split: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+def split_strides(part: Partition, split: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     result = [0] * len(split)
     inside = dict(enumerate(strides))  # for each dimension, the stride of its next axis from the right
     for axis in reversed(range(len(split))):
@@ -158,5 +158,5 @@ def _strides_along(split: tuple[int, ...], axes: set[int]) -> list[int]:
     return result
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(_strides_along(tuple(shape), set(range(len(shape)))))

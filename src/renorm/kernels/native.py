@@ -1,0 +1,564 @@
+"""Measure and apply in C++ (csrc/), for CPU tensors: the wrappers, and when they may run.
+
+The extension is optional: it is compiled where renorm is installed with a compiler, or comes in a wheel. Forward
+saves the input and the small statistics; a second derivative goes through the reference kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renorm.kernels import reference
+from renorm.kernels.moments import Affine, Moments
+from renorm.kernels.nest import Nest
+from renorm.pattern import Partition
+
+__all__ = [
+    "Measured",
+    "apply",
+    "given",
+    "measure",
+    "moments_of",
+    "native_module",
+    "normalize",
+    "status",
+    "track",
+    "usable",
+]
+
+_INTERFACE = 1  # of csrc/module.cpp
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        # After torch, whose OpenMP pool it shares: two pools in one process wait for each other's cores.
+        from renorm.kernels import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_native" in str(error) and "cannot import name" in str(error):
+            return None, "renorm was installed without them: no C++ compiler was found, or RENORM_NATIVE=0"
+        return None, f"they cannot be loaded: {error}"
+    if _native.interface != _INTERFACE:
+        return None, "they were built from other sources: install renorm again"
+    return _native, ""
+
+
+_MODULE, _MISSING = _load()
+
+
+def native_module() -> Any:
+    """The extension, or None."""
+    return _MODULE
+
+
+def missing() -> str:
+    """Why there is no extension; empty where there is one."""
+    return _MISSING
+
+
+def status() -> str:
+    """Which kernels this installation has, and why.
+
+    >>> print(status())
+    native: ...
+    torch: ...
+    reference: plain torch operations, for everything else
+    """
+    if _MODULE is None:
+        native = f"not available: {_MISSING}"
+    else:
+        threads = "torch's threads" if _MODULE.openmp else "one thread"
+        native = f"{_MODULE.instructions} kernels for CPU tensors, on {threads}"
+    return (
+        f"native: {native}\ntorch: {torch.__version__}, where its kernels are exact\n"
+        "reference: plain torch operations, for everything else"
+    )
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a raw pointer to `x` may be taken here: a plain CPU tensor in eager mode that nothing looks through."""
+    kind = type(x)
+    return (
+        _MODULE is not None
+        and (kind is Tensor or kind is torch.nn.Parameter)
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not x.is_conj()
+        and not x.is_neg()
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _lying(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`x` itself where it has these strides, a copy that has them otherwise."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+# ---- parameters and statistics in the kernel's order
+
+
+def _to_kernel(parameter: Tensor | None, made: Nest, part: Partition) -> Tensor | None:
+    if parameter is None or (made.in_order and parameter.is_contiguous()):
+        return parameter
+    canonical = parameter.detach().reshape([made.split[i] for i in part.weighted])
+    return canonical.permute([part.weighted.index(i) for i in made.weighted]).contiguous()
+
+
+def _from_kernel(parameter: Tensor, like: Tensor, made: Nest, part: Partition) -> Tensor:
+    if not made.in_order:
+        laid = parameter.view([made.split[i] for i in made.weighted])
+        parameter = laid.permute([made.weighted.index(i) for i in part.weighted])
+    return parameter.reshape(like.shape)
+
+
+def _stats_to_view(stats: Tensor, made: Nest, part: Partition) -> Tensor:
+    """(rows, sets) in the kernel's order -> (rows, *split view with 1 on averaged axes)."""
+    if not made.in_order:
+        laid = stats.view([len(stats), *(made.split[i] for i in made.kept)])
+        stats = laid.permute([0, *(made.kept.index(i) + 1 for i in part.kept)])
+    return stats.reshape(len(stats), *made.stat_shape)
+
+
+def _stats_to_kernel(rows: list[Tensor], made: Nest, part: Partition) -> Tensor:
+    """Tensors of the split view with 1 on averaged axes -> (rows, sets) in the kernel's order, contiguous."""
+    stats = torch.stack([row.expand(made.stat_shape).to(torch.float64) for row in rows])
+    if not made.in_order:
+        laid = stats.view([len(rows), *(made.split[i] for i in part.kept)])
+        stats = laid.permute([0, *(part.kept.index(i) + 1 for i in made.kept)])
+    return stats.reshape(len(rows), made.sets)
+
+
+# ---- the two calls
+
+
+def _forward(
+    x: Tensor,
+    made: Nest,
+    stats: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    about_zero: bool = False,
+    mask: Tensor | None = None,
+    measured: bool = False,
+    affine: Tensor | None = None,
+    only_measure: bool = False,
+) -> Tensor | None:
+    y = None if only_measure else torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype)
+    parameter = weight if weight is not None else bias
+    _MODULE.forward(  # type: ignore[union-attr]
+        made.packed,
+        _DTYPES[x.dtype],
+        0 if parameter is None else _DTYPES[parameter.dtype],
+        torch.get_num_threads(),
+        about_zero,
+        0,
+        0.0,
+        eps,
+        x.data_ptr(),
+        0,
+        0,
+        _address(y),
+        _address(mask),
+        _address(weight),
+        _address(bias),
+        stats.data_ptr(),
+        measured,
+        _address(affine),
+    )
+    return y
+
+
+def _backward(
+    x: Tensor,
+    dy: Tensor,
+    made: Nest,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 0.0,
+    about_zero: bool = False,
+    mask: Tensor | None = None,
+    fixed: bool = False,
+    affine: Tensor | None = None,
+    combine: Tensor | None = None,
+    wants: tuple[bool, bool, bool] = (True, True, True),
+    affine_gradient: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, those that are wanted, the parameters' in the kernel's order."""
+    dx = torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype) if wants[0] else None
+    dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
+    parameter = weight if weight is not None else bias
+    _MODULE.backward(  # type: ignore[union-attr]
+        made.packed,
+        _DTYPES[x.dtype],
+        0 if parameter is None else _DTYPES[parameter.dtype],
+        torch.get_num_threads(),
+        about_zero,
+        0,
+        0.0,
+        eps,
+        x.data_ptr(),
+        _address(mask),
+        _address(weight),
+        _address(bias),
+        stats.data_ptr(),
+        fixed,
+        _address(affine),
+        dy.data_ptr(),
+        0,
+        _address(dx),
+        _address(affine_gradient),
+        _address(combine),
+        _address(dweight),
+        _address(dbias),
+    )
+    return dx, dweight, dbias
+
+
+def _new_stats(made: Nest) -> Tensor:
+    return torch.empty((3, made.sets), dtype=torch.float64)
+
+
+# ---- the norm in one call
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        part: Partition,
+        made: Nest,
+        eps: float,
+        about_zero: bool,
+        stats: Tensor,
+    ) -> Tensor:
+        laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        y = _forward(laid, made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask)
+        ctx.save_for_backward(x, weight, bias, mask)
+        ctx.rest = part, made, eps, about_zero, stats
+        assert y is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, mask = ctx.saved_tensors
+        part, made, eps, about_zero, stats = ctx.rest
+        wants = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
+            affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
+            y = reference.apply(x, part, affine, weight, bias, mask=mask)
+            return *_gradients(y, dy, (x, weight, bias), wants), None, None, None, None, None, None
+        laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        dx, dw, db = _backward(
+            laid, _lying(dy, made.y_strides), made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask, wants=wants
+        )
+        dw = None if dw is None else _from_kernel(dw, weight, made, part)
+        db = None if db is None else _from_kernel(db, bias, made, part)
+        return dx, dw, db, None, None, None, None, None, None
+
+
+def _gradients(
+    y: Tensor, dy: Tensor, inputs: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of y by the wanted inputs, with a graph of their own."""
+    wanted = [tensor for tensor, want in zip(inputs, wants, strict=True) if want and tensor is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if want and tensor is not None else None for tensor, want in zip(inputs, wants, strict=True)]
+
+
+def _mask_for(mask: Tensor | None, made: Nest) -> Tensor | None:
+    return None if mask is None or made.mask_strides is None else _lying(mask, made.mask_strides)
+
+
+def normalize(
+    x: Tensor,
+    part: Partition,
+    made: Nest,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    about_zero: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Measure, standardize and recover in one call; and mean, biased variance and count, (3, sets)."""
+    stats = _new_stats(made)
+    mask = _mask_for(mask, made)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        y = _Normalize.apply(x, weight, bias, mask, part, made, eps, about_zero, stats)
+        return y, stats
+    laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+    y = _forward(laid, made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask)
+    return y, stats
+
+
+def moments_of(stats: Tensor, part: Partition, made: Nest) -> Moments:
+    """What `normalize` measured, as moments."""
+    mean, var, count = _stats_to_view(stats, made, part)
+    return Moments(count, mean, var, part.names)
+
+
+# ---- measure and apply apart, with a solve of one's own between them
+
+
+class _Upstream:
+    """What the backward of apply leaves for that of measure, so that dx is written once."""
+
+    def __init__(self) -> None:
+        self.task = -1  # of the backward pass it belongs to
+        self.left: tuple[Any, ...] = ()
+
+
+class _Measure(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        part: Partition,
+        made: Nest,
+        about_zero: bool,
+        stats: Tensor,
+        upstream: _Upstream,
+    ) -> tuple[Tensor, Tensor]:
+        _forward(_lying(x, made.x_strides), made, stats, about_zero=about_zero, mask=mask, only_measure=True)
+        ctx.save_for_backward(x, mask)
+        ctx.rest = part, made, about_zero, stats, upstream
+        mean, var = _stats_to_view(stats[:2].clone(), made, part)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Any:  # type: ignore[override]
+        x, mask = ctx.saved_tensors
+        part, made, about_zero, stats, upstream = ctx.rest
+        left = upstream.left if upstream.task == torch._C._current_graph_task_id() else ()
+        upstream.left = ()
+        if not left:  # the gradient is to be differentiated again, or only the moments were used
+            with torch.enable_grad():
+                leaf = x if torch.is_grad_enabled() and x.requires_grad else x.detach().requires_grad_()
+                found = reference.measure(leaf, part, mask=mask, about_zero=about_zero)
+                made_of = [(m, d) for m, d in ((found.mean, dmean), (found.var, dvar)) if m.requires_grad]
+            (dx,) = torch.autograd.grad(
+                [m for m, _ in made_of],
+                leaf,
+                [d.to(m.dtype) for m, d in made_of],
+                create_graph=torch.is_grad_enabled(),
+            )
+            return dx, None, None, None, None, None, None
+        dy, weight, bias, affine = left
+        mean, var, count = _stats_to_view(stats, made, part)
+        n = count.clamp(min=1)
+        square = torch.where(count > 0, 2 * dvar / n, 0)
+        pivot = mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32).to(torch.float64)
+        constant = torch.where(count > 0, (0 if about_zero else dmean / n) - square * (mean - pivot), 0)
+        combine = _stats_to_kernel([square, constant], made, part)
+        dx, _, _ = _backward(
+            _lying(x, made.x_strides),
+            dy,
+            made,
+            stats,
+            weight,
+            bias,
+            about_zero=about_zero,
+            mask=mask,
+            affine=affine,
+            combine=combine,
+            wants=(True, False, False),
+        )
+        return dx, None, None, None, None, None, None
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor | None,
+        scale: Tensor,
+        center: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        part: Partition,
+        made: Nest,
+        about_zero: bool,
+        stats: Tensor,
+        upstream: _Upstream | None,
+    ) -> Tensor:
+        affine = _affine_to_kernel(scale, center, shift, made, part)
+        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        y = _forward(_lying(x, made.x_strides), made, stats, w, b, mask=mask, measured=True, affine=affine)
+        ctx.save_for_backward(x, mean, scale, center, shift, weight, bias, mask)
+        ctx.rest = part, made, about_zero, stats, upstream, affine
+        assert y is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, mean, scale, center, shift, weight, bias, mask = ctx.saved_tensors
+        part, made, about_zero, stats, upstream, affine = ctx.rest
+        needs = ctx.needs_input_grad
+        zero = torch.zeros_like(mean) if needs[1] else None
+        if torch.is_grad_enabled():
+            y = reference.apply(x, part, Affine(scale, center, shift), weight, bias, mask=mask)
+            wants = (needs[0], *needs[2:7])
+            dx, *rest = _gradients(y, dy, (x, scale, center, shift, weight, bias), wants)
+            return dx, zero, *rest, None, None, None, None, None, None
+        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        dy = _lying(dy, made.y_strides)
+        daffine = _new_stats(made)
+        dx, dw, db = _backward(
+            _lying(x, made.x_strides),
+            dy,
+            made,
+            stats,
+            w,
+            b,
+            about_zero=about_zero,
+            mask=mask,
+            fixed=True,
+            affine=affine,
+            wants=(needs[0] and upstream is None, needs[5], needs[6]),
+            affine_gradient=daffine,
+        )
+        if upstream is not None and needs[0]:
+            upstream.task, upstream.left = torch._C._current_graph_task_id(), (dy, w, b, affine)
+        dw = None if dw is None else _from_kernel(dw, weight, made, part)
+        db = None if db is None else _from_kernel(db, bias, made, part)
+        dscale, dcenter, dshift = _stats_to_view(daffine, made, part)
+        return (
+            dx,
+            zero,
+            dscale if needs[2] else None,
+            dcenter if needs[3] else None,
+            dshift if needs[4] else None,
+            dw,
+            db,
+            *(None,) * 6,
+        )
+
+
+def _affine_to_kernel(
+    scale: Tensor, center: Tensor | None, shift: Tensor | None, made: Nest, part: Partition
+) -> Tensor:
+    zero = scale.new_zeros(()) if center is None or shift is None else scale
+    rows = [scale, zero if center is None else center, zero if shift is None else shift]
+    return _stats_to_kernel(rows, made, part)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` hands to `apply` besides the moments."""
+
+    made: Nest
+    mask: Tensor | None
+    stats: Tensor  # mean, biased variance, count: (3, sets)
+    mean: Tensor | None  # the moments' own, which leads the gradient back to measure; None for given statistics
+    upstream: _Upstream | None
+
+
+def measure(
+    x: Tensor, part: Partition, made: Nest, *, mask: Tensor | None = None, about_zero: bool = False
+) -> tuple[Moments, Measured]:
+    """Moments of each set, differentiable, and what `apply` needs of this call."""
+    stats, upstream = _new_stats(made), _Upstream()
+    mask = _mask_for(mask, made)
+    mean, var = _Measure.apply(x, mask, part, made, about_zero, stats, upstream)
+    count = stats[2:] if mask is not None else stats[2:, :1]
+    count = _stats_to_view(count, made, part)[0] if mask is not None else count.view([1] * len(made.split))
+    return Moments(count, mean, var, part.names), Measured(made, mask, stats, mean, upstream)
+
+
+def given(x: Tensor, moments: Moments, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
+    """The same for statistics that do not come from `x`."""
+    stats = _stats_to_kernel([moments.mean, moments.var, torch.ones((), dtype=torch.float64)], made, part)
+    return Measured(made, _mask_for(mask, made), stats, None, None)
+
+
+def apply(
+    x: Tensor,
+    part: Partition,
+    measured: Measured,
+    affine: Affine,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    about_zero: bool = False,
+) -> Tensor:
+    """``((x - center) * scale + shift) * weight + bias``, as `reference.apply`."""
+    shape = measured.made.stat_shape
+    scale, center, shift = (
+        None if value is None else value.to(torch.float64).expand(shape)
+        for value in (affine.scale, affine.center, affine.shift)
+    )
+    return _Apply.apply(
+        x,
+        measured.mean,
+        scale,
+        center,
+        shift,
+        weight,
+        bias,
+        measured.mask,
+        part,
+        measured.made,
+        about_zero,
+        measured.stats,
+        measured.upstream,
+    )
+
+
+def track(
+    stats: Tensor,
+    running: tuple[Tensor, Tensor],
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    *,
+    unbiased: bool,
+) -> None:
+    """Move running statistics, one for each set and in the sets' order, as `running.update` does."""
+    mean, var = running
+    _MODULE.track(  # type: ignore[union-attr]
+        _DTYPES[mean.dtype],
+        stats.shape[1],
+        stats.data_ptr(),
+        -1.0 if momentum is None else momentum,
+        unbiased,
+        mean.data_ptr(),
+        var.data_ptr(),
+        _address(num_batches_tracked),
+    )
+    # What was saved for a backward pass must not have changed since: autograd looks at the versions.
+    for changed in (mean, var, num_batches_tracked):
+        if changed is not None:
+            torch.autograd.graph.increment_version(changed)
