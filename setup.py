@@ -32,15 +32,19 @@ OBJECTS = Path("build/native")
 # The oldest Python that the one wheel runs on, as C and as the wheel's tag name it.
 LIMITED_API, PYTHON_TAG = "0x030A0000", "cp310"
 
+# Without optimization across objects (LTO, /GL), which could move code for one instruction set into another's.
 COMMON = {
     "gnu": [
         *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"),
-        # Optimizing across objects could move code for one instruction set into another's.
         "-fno-lto",
         # Python's own flags ask for debugging information, which doubles the time; those of a packager stand.
         *([] if "CXXFLAGS" in os.environ else ["-g0"]),
     ],
-    "msvc": ["/std:c++17", "/O2", "/EHsc"],
+    "msvc": ["/std:c++17", "/O2", "/EHsc", "/GL-"],
+}
+MACROS = {
+    "gnu": [("Py_LIMITED_API", LIMITED_API)],
+    "msvc": [("Py_LIMITED_API", LIMITED_API), ("RENORM_PLAIN_LANES", "1")],  # MSVC has no vector types
 }
 ISAS = {
     "gnu": {
@@ -48,6 +52,8 @@ ISAS = {
         "avx512": [
             *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
             "-mprefer-vector-width=512",
+            # GCC 12 and older warn of their own headers (GCC bug 105593); Clang does not know that warning.
+            *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
         ],
     },
     "msvc": {"avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]},
@@ -172,10 +178,12 @@ class BuildNative(build_ext):
     """Compiles every object with its own flags; where that fails, the package has no extension."""
 
     def finalize_options(self) -> None:
+        """Settle the options."""
         super().finalize_options()
         self.force = True  # times of files say nothing of flags; `compiled` knows what can be kept
 
     def run(self) -> None:
+        """Build the extension, or the package without it."""
         if not self.extensions:
             return
         discard(path / "renorm/kernels" for path in (Path(self.build_lib), *Path("build").glob("lib*")))
@@ -200,7 +208,7 @@ class BuildNative(build_ext):
         """Turn the package into a pure one, or stop where the kernels were asked for."""
         if os.environ.get("RENORM_NATIVE") == "1" or os.environ.get("RENORM_SANITIZE"):
             raise SystemExit(
-                f"renorm: RENORM_NATIVE=1 or RENORM_SANITIZE asks for the native kernels, which cannot be built: {reason}"
+                f"renorm: RENORM_NATIVE=1 or RENORM_SANITIZE asks for native kernels, which cannot be built: {reason}"
             )
         print(
             f"renorm: building WITHOUT the native kernels: {reason}\n"
@@ -213,8 +221,9 @@ class BuildNative(build_ext):
         self.distribution.ext_modules = None
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile the kernels once for each instruction set, all at the same time, and link them."""
         toolchain = self.toolchain()
-        macros = [("Py_LIMITED_API", LIMITED_API), *([("RENORM_X86", "1")] if toolchain.isas else [])]
+        macros = [*MACROS[self.style()], *([("RENORM_X86", "1")] if toolchain.isas else [])]
         variants = ISAS[self.style()]
         # The widest first: it takes longest.
         units = [
@@ -252,7 +261,7 @@ class BuildNative(build_ext):
         style = self.style()
         flags, link_flags = list(COMMON[style]), []
         if sanitizers := os.environ.get("RENORM_SANITIZE"):
-            flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
+            flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
             link_flags += [f"-fsanitize={sanitizers}", "-g"]
         if said := self.probe(PROBE_PYTHON, flags, link_flags):
             raise Unavailable(f"no working C++17 compiler, or no Python.h (python3-dev):\n{said.strip()}\n")
@@ -267,7 +276,7 @@ class BuildNative(build_ext):
         return Toolchain(list(isas) if known else [], flags, link_flags)
 
     def probe(self, code: str, flags: list[str], link_flags: list[str] | None = None) -> str:
-        """What the compiler and, given its flags, the linker object to in `code`; empty for nothing."""
+        """What the compiler objects to in `code`, and the linker where its flags are given; empty for nothing."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(code)
@@ -276,7 +285,7 @@ class BuildNative(build_ext):
                 objects = self.compiler.compile(
                     [str(source)],
                     output_dir=folder,
-                    macros=[("Py_LIMITED_API", LIMITED_API)],
+                    macros=MACROS[self.style()],
                     extra_postargs=flags,
                 )
                 if link_flags is not None:
@@ -307,7 +316,6 @@ class BuildNative(build_ext):
                     output_dir=str(whole),
                     macros=unit.macros,
                     extra_postargs=unit.flags,
-                    depends=[],
                 )
                 whole.rename(folder)
         return str(self.compiler.object_filenames([str(unit.source)], output_dir=str(folder))[0])
@@ -317,6 +325,7 @@ class BuildWheel(bdist_wheel):
     """Tags the wheel by what was built, not by what was planned."""
 
     def run(self) -> None:
+        """Build and pack."""
         for old in Path("build").glob("lib*"):  # setuptools packs all that lies there, deleted modules too
             shutil.rmtree(old)
         self.run_command("build_ext")
@@ -329,6 +338,7 @@ class BuildEditable(editable_wheel):
     """As BuildWheel, for pip install -e."""
 
     def run(self) -> None:
+        """Build in the source tree."""
         self.run_command("build_ext")
         super().run()
 

@@ -23,7 +23,8 @@ struct ColumnPlan {
             int64_t share = (nest.k1 / threads + unit - 1) / unit * unit;
             if (share >= kNarrow) width = least(width, share);
         }
-        width = least(width, nest.k1);
+        blocks = (nest.k1 + width - 1) / width;
+        width = least(nest.k1, ((nest.k1 + blocks - 1) / blocks + unit - 1) / unit * unit);  // as even as can be
         blocks = (nest.k1 + width - 1) / width;
         tasks = size.outer * blocks;
         split = !nest.along && tasks < 4 * threads && tasks % threads != 0;
@@ -38,6 +39,17 @@ struct ColumnMoments {
     explicit ColumnMoments(int64_t width) : shift(width), s(width), q(width), count(width), cells(width) {}
     bool ok() const { return shift.data && s.data && q.data && count.data && cells.data; }
 };
+
+// Lines of cells that are sets, without parameters of their own.
+template <class A>
+inline void short_lines(A* table, int64_t width, const double* mean, const double* scale, int64_t n) {
+    A *c = table, *a = table + width, *b = table + 2 * width;
+    for (int64_t k = 0; k < n; k++) {
+        c[k] = A(mean[k]);
+        a[k] = A(scale[k]);
+        b[k] = A((double(c[k]) - mean[k]) * scale[k]);
+    }
+}
 
 template <class T>
 struct ColumnForward : Forward<T> {
@@ -56,22 +68,32 @@ struct ColumnForward : Forward<T> {
             row_add<T, A>((const T*)job.x + at(kX, k0, first, i), (const T*)job.residual + out, (T*)job.sum + out, n);
         }
     }
+    void sums(const T* p, int64_t step, int64_t rows, int64_t n, const uint8_t* mask, ColumnMoments<T>& table) const {
+        int64_t mask_step = nest.stride[kMask][0];
+        mask ? column_moments<false, T, A>(p, step, rows, n, mask, mask_step, table.shift, table.s, table.q, table.count)
+             : column_moments<true, T, A>(p, step, rows, n, mask, mask_step, table.shift, table.s, table.q, table.count);
+    }
     // Sums over a block of rows about table.shift; masked rows are left out.
     double block(ColumnMoments<T>& table, int64_t k0, int64_t first, int64_t n, int64_t row, int64_t rows) const {
         const T* p = x + at(x_operand, k0, first, row);
         int64_t step = nest.stride[x_operand][0];
         if (!job.mask || nest.mask_inner) {
             const uint8_t* mask = job.mask ? job.mask + at(kMask, k0, first, row) : nullptr;
-            column_moments<T, A>(p, step, rows, n, mask, nest.stride[kMask][0], table.shift, table.s, table.q, table.count);
+            sums(p, step, rows, n, mask, table);
             return mask ? 0 : double(rows);
         }
         double real_rows = 0;
         for (int64_t i = 0; i < rows; i++) {
             if (!job.mask[at(kMask, k0, first, row + i)]) continue;
-            column_moments<T, A>(p + i * step, step, 1, n, nullptr, 0, table.shift, table.s, table.q, table.count);
+            sums(p + i * step, step, 1, n, nullptr, table);
             real_rows++;
         }
         return real_rows;
+    }
+    static bool any_far(const ColumnMoments<T>& table, int64_t n, A rows) {
+        int any = 0;
+        for (int64_t k = 0; k < n; k++) any |= far(table.s[k], table.q[k], rows);
+        return any != 0;
     }
     void measure(ColumnMoments<T>& table, int64_t k0, int64_t first, int64_t n, int64_t begin, int64_t end) const {
         for (int64_t k = 0; k < n; k++) {
@@ -80,10 +102,11 @@ struct ColumnForward : Forward<T> {
             table.cells[k].shift = A(0);
         }
         if (!job.about_zero) {  // the mean of the first rows; of all where some are masked
-            int64_t rows = least(job.mask ? end - begin : 16, end - begin);
+            int64_t rows = least(job.mask ? end - begin : 4, end - begin);
             double real_rows = block(table, k0, first, n, begin, rows);
+            A part = A(1) / A(rows);
             for (int64_t k = 0; k < n; k++) {
-                A mean = table.s[k] / (table.count[k] + A(real_rows));
+                A mean = job.mask ? table.s[k] / (table.count[k] + A(real_rows)) : table.s[k] * part;
                 table.shift[k] = table.cells[k].shift = finite(mean) ? mean : A(0);
                 table.s[k] = table.q[k] = table.count[k] = A(0);
             }
@@ -92,6 +115,14 @@ struct ColumnForward : Forward<T> {
         for (int64_t row = begin; row < end;) {
             int64_t rows = least(least(kRows, most(kFirstRows, row - begin)), end - row);
             double real_rows = block(table, k0, first, n, row, rows);
+            if (row == begin && !job.about_zero && !job.mask && any_far(table, n, A(rows))) {
+                for (int64_t k = 0; k < n; k++) {
+                    A mean = table.s[k] / A(rows);
+                    if (finite(mean)) table.shift[k] = table.cells[k].shift = table.shift[k] + mean;
+                    table.s[k] = table.q[k] = A(0);
+                }
+                block(table, k0, first, n, row, rows);
+            }
             for (int64_t k = 0; k < n; k++) {
                 Cell<A>& cell = table.cells[k];
                 double s = table.s[k], q = table.q[k];
@@ -115,13 +146,52 @@ struct ColumnForward : Forward<T> {
             }
         }
     }
+    // Sets of few entries (layer norm over channels), where what is done for each set costs as much as its entries:
+    // measure, finish and lines in loops that vectorize. False where a column needs the careful way.
+    bool measure_short(ColumnMoments<T>& table, A* line, int64_t width, int64_t k0, int64_t first, int64_t n) const {
+        if (job.mask || nest.merge != 1 || nest.r0 > kRows || job.measured || (nest.params && !nest.along)) return false;
+        const A *s = table.s, *q = table.q, *shift = table.shift;
+        memset((void*)table.s.data, 0, size_t(n) * sizeof(A));
+        memset((void*)table.q.data, 0, size_t(n) * sizeof(A));
+        memset((void*)table.shift.data, 0, size_t(n) * sizeof(A));
+        if (!job.about_zero) {
+            int64_t rows = least(4, nest.r0);
+            block(table, k0, first, n, 0, rows);
+            for (int64_t k = 0; k < n; k++) table.shift[k] = s[k] * (A(1) / A(rows));
+            memset((void*)table.s.data, 0, size_t(n) * sizeof(A));
+            memset((void*)table.q.data, 0, size_t(n) * sizeof(A));
+        }
+        block(table, k0, first, n, 0, nest.r0);
+        int careful = 0;
+        A rows = A(nest.r0);
+        bool zero_mean = job.about_zero != 0;
+        for (int64_t k = 0; k < n; k++)
+            careful |= !finite(q[k]) | !finite(shift[k]) | (!zero_mean & far(s[k], q[k], rows));
+        if (careful) return false;
+        double part = 1.0 / double(nest.r0), eps = job.eps;
+        double* mean = job.stats + k0 * nest.k1 + first;
+        double *var = mean + size.sets, *count = var + size.sets, *scale = count + size.sets;
+        for (int64_t k = 0; k < n; k++) {
+            double d = zero_mean ? 0.0 : double(s[k]) * part, v = double(q[k]) * part - d * d;
+            mean[k] = double(shift[k]) + d;
+            var[k] = v < 0 ? 0 : v;
+            count[k] = double(nest.r0);
+        }
+        for (int64_t k = 0; k < n; k++) scale[k] = 1.0 / sqrt(var[k] + eps);
+        if (!job.affine) short_lines(line, width, mean, scale, n);
+        return true;
+    }
     void lines(Scratch<A>& table, int64_t width, int64_t k0, int64_t first, int64_t n) const {
         for (int64_t k = 0; k < n; k++) {
             Line<A> line = this->line(k0 * nest.k1 + first + k);
             table[k] = line.c, table[width + k] = line.a, table[2 * width + k] = line.b;
         }
     }
-    void apply(const Scratch<A>& table, int64_t width, int64_t k0, int64_t first, int64_t n, int64_t row) const {
+    void apply(const A* table, int64_t width, int64_t k0, int64_t first, int64_t n, int64_t row, int64_t rows) const {
+        if (job.mask && !nest.mask_inner && rows > 1) {
+            for (int64_t i = 0; i < rows; i++) apply(table, width, k0, first, n, row + i, 1);
+            return;
+        }
         const T* p = x + at(x_operand, k0, first, row);
         T* y = (T*)job.y + at(kY, k0, first, row);
         const uint8_t* mask = job.mask ? job.mask + at(kMask, k0, first, row) : nullptr;
@@ -129,16 +199,20 @@ struct ColumnForward : Forward<T> {
             if (!*mask) return zero(y, n);
             mask = nullptr;
         }
-        Lines<A> line = {table, table + width, table + 2 * width};
+        auto run = [&](auto kernel) {
+            kernel(p, nest.stride[x_operand][0], y, nest.stride[kY][0], rows, n, mask, nest.stride[kMask][0],
+                   Lines<A>{table, table + width, table + 2 * width}, parameters.w + row, parameters.b + row,
+                   act_of<A>(job));
+        };
+        bool plain = !mask && !job.activation;
         if (nest.along) {
-            column_apply_along<T, A>(p, y, n, mask, line, parameters.w[row], parameters.b[row], act_of<A>(job));
+            plain ? run(column_apply<true, true, T, A>) : run(column_apply<false, true, T, A>);
         } else {
-            column_apply<T, A>(p, y, n, mask, line, act_of<A>(job));
+            plain ? run(column_apply<true, false, T, A>) : run(column_apply<false, false, T, A>);
         }
     }
 };
 
-// Runs `make(thread)` scratch for each thread; false where memory is short.
 template <class T>
 struct ColumnScratch {
     ColumnMoments<T> moments;
@@ -167,14 +241,15 @@ bool column_forward(const Job& job) {
                 int64_t k0 = task / plan.blocks, first = task % plan.blocks * plan.width;
                 int64_t n = least(plan.width, nest.k1 - first), set = (k0 * nest.k1 + first) / nest.merge;
                 if (job.residual) kernel.add(k0, first, n, 0, nest.r0);
-                if (!job.measured) {
+                bool done = kernel.measure_short(own.moments, own.lines, plan.width, k0, first, n);
+                if (!job.measured && !done) {
                     kernel.measure(own.moments, k0, first, n, 0, nest.r0);
                     for (int64_t s = 0; s < n / nest.merge; s++)
                         kernel.finish(own.moments.cells + s * nest.merge, nest.merge, set + s);
                 }
                 if (!job.y) continue;
-                kernel.lines(own.lines, plan.width, k0, first, n);
-                for (int64_t row = 0; row < nest.r0; row++) kernel.apply(own.lines, plan.width, k0, first, n, row);
+                if (!done || job.affine) kernel.lines(own.lines, plan.width, k0, first, n);
+                kernel.apply(own.lines, plan.width, k0, first, n, 0, nest.r0);
             }
         });
         return !short_of_memory;
@@ -208,8 +283,8 @@ bool column_forward(const Job& job) {
         if (!job.y) continue;
         kernel.lines(lines, nest.k1, k0, 0, nest.k1);
         parallel(plan.threads, [&](int thread, int threads) {
-            for (int64_t row = nest.r0 * thread / threads; row < nest.r0 * (thread + 1) / threads; row++)
-                kernel.apply(lines, nest.k1, k0, 0, nest.k1, row);
+            int64_t begin = nest.r0 * thread / threads, end = nest.r0 * (thread + 1) / threads;
+            kernel.apply(lines, nest.k1, k0, 0, nest.k1, begin, end - begin);
         });
     }
     return true;
@@ -227,33 +302,35 @@ struct ColumnBackward : Backward<T> {
         int64_t inner = operand == kMask ? nest.mask_inner : 1;
         return outer_offset(nest, operand, k0) + column * inner + row * nest.stride[operand][0];
     }
-    // The mask of a row; false where none of it is real.
-    bool mask_of(int64_t k0, int64_t first, int64_t row, const uint8_t*& mask) const {
-        mask = job.mask ? job.mask + at(kMask, k0, first, row) : nullptr;
-        if (!mask || nest.mask_inner) return true;
-        bool any = *mask != 0;
-        mask = nullptr;
-        return any;
+    // f(row, rows, mask) over rows begin..end, in one piece where the mask does not go by rows; mask null and
+    // `real` false where a row is masked.
+    template <class F>
+    void visit(int64_t k0, int64_t first, int64_t begin, int64_t end, F f) const {
+        if (!job.mask || nest.mask_inner) {
+            f(begin, end - begin, job.mask ? job.mask + at(kMask, k0, first, begin) : nullptr, true);
+            return;
+        }
+        for (int64_t row = begin; row < end; row++) f(row, int64_t(1), nullptr, job.mask[at(kMask, k0, first, row)] != 0);
     }
-    A weight_of(int64_t row) const { return nest.along ? parameters.w[row] : A(1); }
-    A bias_of(int64_t row) const { return nest.along ? parameters.b[row] : A(0); }
-
     // Adds the sums over rows begin..end to s1 and s2; block: two tables, 0 before and after.
     void reduce(Lines<A> line, A* block, int64_t k0, int64_t first, int64_t n, int64_t begin, int64_t end, double* s1,
                 double* s2) const {
-        bool plain = !job.mask && !job.activation && !nest.along;
         A *b1 = block, *b2 = block + n;
         for (int64_t start = begin; start < end; start += kRows) {
-            int64_t row = start, stop = least(start + kRows, end);
-            for (; plain && row + 4 <= stop; row += 4)
-                column_reduce_four<T, A>((const T*)job.x + at(kX, k0, first, row), nest.stride[kX][0],
-                                         (const T*)job.dy + at(kY, k0, first, row), nest.stride[kY][0], n, line.c, b1, b2);
-            for (; row < stop; row++) {
-                const uint8_t* mask;
-                if (!mask_of(k0, first, row, mask)) continue;
-                column_reduce<T, A>((const T*)job.x + at(kX, k0, first, row), (const T*)job.dy + at(kY, k0, first, row), n,
-                                    mask, line, weight_of(row), bias_of(row), act_of<A>(job), b1, b2);
-            }
+            visit(k0, first, start, least(start + kRows, end), [&](int64_t row, int64_t rows, const uint8_t* mask, bool real) {
+                if (!real) return;
+                auto run = [&](auto kernel) {
+                    kernel((const T*)job.x + at(kX, k0, first, row), nest.stride[kX][0],
+                           (const T*)job.dy + at(kY, k0, first, row), nest.stride[kY][0], rows, n, mask,
+                           nest.stride[kMask][0], line, parameters.w + row, parameters.b + row, act_of<A>(job), b1, b2);
+                };
+                bool plain = !mask && !job.activation;
+                if (nest.along) {
+                    plain ? run(column_reduce<true, true, T, A>) : run(column_reduce<false, true, T, A>);
+                } else {
+                    plain ? run(column_reduce<true, false, T, A>) : run(column_reduce<false, false, T, A>);
+                }
+            });
             for (int64_t k = 0; k < n; k++) {
                 s1[k] += double(b1[k]);
                 s2[k] += double(b2[k]);
@@ -261,7 +338,15 @@ struct ColumnBackward : Backward<T> {
             }
         }
     }
+    bool is_short() const {  // as in measure_short
+        return nest.merge == 1 && !(nest.params && !nest.along) && !job.affine && !job.combine && !job.fixed && !job.sums;
+    }
     void lines(A* table, int64_t width, int64_t k0, int64_t first, int64_t n) const {
+        if (is_short()) {
+            const double* mean = job.stats + k0 * nest.k1 + first;
+            short_lines(table, width, mean, mean + 3 * this->size.sets, n);
+            return;
+        }
         for (int64_t k = 0; k < n; k++) {
             Line<A> line = this->line(k0 * nest.k1 + first + k);
             table[k] = line.c, table[width + k] = line.a, table[2 * width + k] = line.b;
@@ -269,6 +354,22 @@ struct ColumnBackward : Backward<T> {
     }
     // Rows 3 to 5 of the table: what dx is made of.
     void combines(A* table, int64_t width, int64_t k0, int64_t first, int64_t n) const {
+        if (is_short()) {
+            int64_t at = k0 * nest.k1 + first, sets = this->size.sets;
+            const double *mean = job.stats + at, *count = mean + 2 * sets, *scale = mean + 3 * sets;
+            const double *s1 = this->g1 + at, *s2 = this->g2 + at;
+            const A *c = table, *a = table + width;
+            A *by_a = table + 3 * width, *by_b = table + 4 * width, *by_d = table + 5 * width;
+            double centered = job.about_zero ? 0 : 1;
+            for (int64_t k = 0; k < n; k++) {
+                double part = 1 / (count[k] > 0 ? count[k] : 1), away = mean[k] - double(c[k]);
+                double along = scale[k] * scale[k] * scale[k] * (s2[k] - away * s1[k]) * part;
+                by_a[k] = a[k];
+                by_b[k] = A(-along);
+                by_d[k] = A(along * away - centered * scale[k] * s1[k] * part);
+            }
+            return;
+        }
         for (int64_t k = 0; k < n;) {
             int64_t cell = k0 * nest.k1 + first + k;
             SetGradient gradient = this->solve(cell / nest.merge);
@@ -278,21 +379,31 @@ struct ColumnBackward : Backward<T> {
             }
         }
     }
-    void apply(const A* table, int64_t width, int64_t k0, int64_t first, int64_t n, int64_t row, double* dw,
+    void apply(const A* table, int64_t width, int64_t k0, int64_t first, int64_t n, int64_t begin, int64_t end, double* dw,
                double* dv) const {
-        int64_t out = at(kY, k0, first, row);
-        T* dx = job.dx ? (T*)job.dx + out : nullptr;
-        const T* dsum = job.dsum ? (const T*)job.dsum + out : nullptr;
-        const uint8_t* mask;
-        if (!mask_of(k0, first, row, mask)) {
-            if (dx && dsum) memcpy((void*)dx, (const void*)dsum, size_t(n) * sizeof(T));
-            else if (dx) zero(dx, n);
-            return;
-        }
-        Lines<A> line = {table, table + width, table + 2 * width};
-        Combines<A> by = {table + 3 * width, table + 4 * width, table + 5 * width};
-        column_combine<T, A>((const T*)job.x + at(kX, k0, first, row), (const T*)job.dy + out, dsum, dx, n, mask, line, by,
-                             weight_of(row), bias_of(row), dw, dv, act_of<A>(job));
+        visit(k0, first, begin, end, [&](int64_t row, int64_t rows, const uint8_t* mask, bool real) {
+            int64_t out = at(kY, k0, first, row);
+            T* dx = job.dx ? (T*)job.dx + out : nullptr;
+            const T* dsum = job.dsum ? (const T*)job.dsum + out : nullptr;
+            if (!real) {
+                if (dx && dsum) memcpy((void*)dx, (const void*)dsum, size_t(n) * sizeof(T));
+                else if (dx) zero(dx, n);
+                return;
+            }
+            auto run = [&](auto kernel) {
+                kernel((const T*)job.x + at(kX, k0, first, row), nest.stride[kX][0], (const T*)job.dy + out, dsum, dx,
+                       nest.stride[kY][0], rows, n, mask, nest.stride[kMask][0],
+                       Lines<A>{table, table + width, table + 2 * width},
+                       Combines<A>{table + 3 * width, table + 4 * width, table + 5 * width}, parameters.w + row,
+                       parameters.b + row, dw ? dw + row : nullptr, dv ? dv + row : nullptr, act_of<A>(job));
+            };
+            bool plain = !mask && !job.activation;
+            if (nest.along) {
+                plain ? run(column_combine<true, true, T, A>) : run(column_combine<false, true, T, A>);
+            } else {
+                plain ? run(column_combine<true, false, T, A>) : run(column_combine<false, false, T, A>);
+            }
+        });
     }
 };
 
@@ -340,8 +451,8 @@ bool column_backward(const Job& job) {
             kernel.combines(table, nest.k1, k0, 0, nest.k1);
             if (!job.dx) continue;
             parallel(plan.threads, [&](int thread, int threads) {
-                for (int64_t row = nest.r0 * thread / threads; row < nest.r0 * (thread + 1) / threads; row++)
-                    kernel.apply(table, nest.k1, k0, 0, nest.k1, row, nullptr, nullptr);
+                kernel.apply(table, nest.k1, k0, 0, nest.k1, nest.r0 * thread / threads, nest.r0 * (thread + 1) / threads,
+                             nullptr, nullptr);
             });
         }
         return collect(job, sums, sums + size.cells, size.cells);
@@ -366,8 +477,7 @@ bool column_backward(const Job& job) {
             }
             kernel.combines(table, plan.width, k0, first, n);
             if (!job.dx && !wants) continue;
-            for (int64_t row = 0; row < nest.r0; row++)
-                kernel.apply(table, plan.width, k0, first, n, row, wants ? dw + row : nullptr, wants ? dv + row : nullptr);
+            kernel.apply(table, plan.width, k0, first, n, 0, nest.r0, wants ? dw : nullptr, wants ? dv : nullptr);
         }
     });
     if (short_of_memory) return false;

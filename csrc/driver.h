@@ -2,7 +2,7 @@
 
 constexpr int64_t kBlock = 2048;            // entries summed in the dtype's accumulator before double takes over
 constexpr int64_t kEntriesPerThread = 16384;  // below this a thread costs more than it brings
-constexpr int64_t kCache = 384 * 1024;      // bytes of a panel that is read twice; half of a usual L2
+constexpr int64_t kCache = 256 * 1024;      // bytes of a panel that is read twice; a part of the usual L2
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -87,6 +87,12 @@ inline bool finite(A value) {
     return value - value == A(0);
 }
 
+// Whether the shift was more than four deviations from the mean: the sums about it have lost digits.
+template <class A>
+inline bool far(A s, A q, A n) {
+    return 17 * s * s > 16 * q * n;  // mean^2 > 16 (q / n - mean^2), without dividing
+}
+
 // A block in which float sums overflow: once more, entry by entry in double. NaN and infinity come here too.
 template <class T, class A>
 inline void wide_moments(const T* x, int64_t n, int64_t step, const uint8_t* mask, int64_t mask_step, A shift, double& s,
@@ -114,7 +120,10 @@ inline SetMoments together(const Cell<A>* cells, int64_t num, bool about_zero) {
         for (int64_t i = 0; i < num; i++) m2 += cells[i].q;
         return {0, m2 / n, n};
     }
-    if (num == 1) return {cells->mean(), cells->squares() / n, n};
+    if (num == 1) {  // one division, where there may be as many sets as entries in a row
+        double part = 1 / n, var = (cells->q - cells->s * cells->s * part) * part;
+        return {double(cells->shift) + cells->s * part, var < 0 ? 0 : var, n};
+    }
     for (int64_t i = 0; i < num; i++) sum += cells[i].n * cells[i].mean();
     double mean = sum / n;
     for (int64_t i = 0; i < num; i++) {
@@ -172,7 +181,7 @@ struct Standard {
             center = job.affine[sets + set];
             shift = job.affine[2 * sets + set];
         } else {
-            scale = 1 / sqrt(var + job.eps);
+            scale = job.stats[3 * sets + set];
             center = job.about_zero ? 0 : mean;
             shift = 0;
         }
@@ -263,6 +272,7 @@ struct Forward {
         job.stats[set] = found.mean;
         job.stats[size.sets + set] = found.var;
         job.stats[2 * size.sets + set] = found.count;
+        job.stats[3 * size.sets + set] = 1 / sqrt(found.var + job.eps);
     }
     Line<A> line(int64_t cell) const {
         Standard set(job, cell / nest.merge, size.sets);

@@ -45,8 +45,8 @@ struct Job {
     const uint8_t* mask;
     const void* weight;
     const void* bias;
-    double* stats;         // mean, biased variance, count: one row each over the sets
-    int measured;          // the statistics are given
+    double* stats;         // mean, biased variance, count, 1 / sqrt(var + eps): one row each over the sets
+    int measured;          // the statistics are given, and `affine`
     const double* affine;  // scale, center, shift over the sets; null: standardize by the statistics
     // Backward.
     const void* dy;

@@ -15,9 +15,14 @@
 #include "job.h"
 
 #if defined(__GNUC__)
-#define RENORM_INLINE __attribute__((always_inline))
+#define RENORM_INLINE __attribute__((always_inline))  // after a lambda's parameters
+#define RENORM_ALWAYS __attribute__((always_inline))  // before a function
+#elif defined(_MSC_VER)
+#define RENORM_INLINE
+#define RENORM_ALWAYS __forceinline
 #else
 #define RENORM_INLINE
+#define RENORM_ALWAYS
 #endif
 
 namespace renorm {

@@ -1,33 +1,42 @@
 // Local response norm: y = x d^-beta, d = k + alpha * (sum of x^2 over the window of neighbouring channels).
 //
-// Sums of a window are never taken by subtraction, which would lose the digits of small neighbours of large entries.
-// In *planes* (NCHW) a row of positions at a time enters a LocalWindow; in *pixels* (channels last) the vectors run
-// along the channels and window_sums adds shifted copies.
+// The sum of a window is never what is left of a longer one: subtraction would lose the digits of small neighbours of
+// large entries. In *planes* (NCHW) a row of positions at a time enters a LocalWindow; in *pixels* (channels last) the
+// vectors run along the channels, and Shifted adds what lies beside them.
 //
-// float computes while d stays where d^-(beta + 1) is a normal number; a tile in which it does not (entries of 1e10,
-// and where a square overflows) is computed again in double.
+// Computed in float while d^-(beta + 1) is a normal number; a tile with a larger d (by entries from 1e7 on, with the
+// usual alpha and beta), also where a square overflows, is computed again in double.
 
 constexpr int64_t kLocalScratch = 24 * 1024;  // bytes of the rows that stay in L1 beside the input
-constexpr int64_t kLocalBlock = 1024;         // entries of a block of pixels
+constexpr int64_t kLocalBlock = 512;          // entries of a block of pixels
+constexpr int64_t kAhead = 2048;              // bytes that are fetched ahead: the loads alone do not keep memory busy
 constexpr int64_t kShifts = 8;                // windows up to here are added entry by entry
+
+inline void prefetch_to_write(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 1, 3);
+#else
+    (void)p;
+#endif
+}
 
 // ---- powers
 
-// A loop over lanes that GCC unrolls early is one that it does not always vectorize again.
+// A short loop that GCC has unrolled is one it does not always vectorize.
 #if defined(__GNUC__) && !defined(__clang__)
 #define RENORM_LOOP _Pragma("GCC unroll 1")
 #else
 #define RENORM_LOOP
 #endif
 
-RENORM_INLINE inline float root(float value) {
+RENORM_ALWAYS inline float root(float value) {
 #if defined(__GNUC__)
     return __builtin_sqrtf(value);
 #else
     return sqrtf(value);
 #endif
 }
-RENORM_INLINE inline double root(double value) {
+RENORM_ALWAYS inline double root(double value) {
 #if defined(__GNUC__)
     return __builtin_sqrt(value);
 #else
@@ -35,10 +44,10 @@ RENORM_INLINE inline double root(double value) {
 #endif
 }
 template <class A>
-RENORM_INLINE inline Vec<A> root(Vec<A> v) {
+RENORM_ALWAYS inline Vec<A> root(Vec<A> v) {
     A lanes[kLanes<A>];
     std::memcpy(lanes, &v, sizeof v);
-RENORM_LOOP
+    RENORM_LOOP
     for (int i = 0; i < kLanes<A>; i++) lanes[i] = root(lanes[i]);
     std::memcpy(&v, lanes, sizeof v);
     return v;
@@ -56,7 +65,7 @@ struct Response {
         beta_low = A(job.beta - double(beta_high));
         limit = A(job.beta > 0 ? pow(2.0, 60 / (1 + job.beta)) : 1);
     }
-    // Whether float serves at all; d is between k and the largest of a tile then.
+    // Whether float serves at all: d is never below k then, and only its largest has to be looked at.
     static bool suits_float(const LocalJob& job) {
         double limit = pow(2.0, 60 / (1 + job.beta));
         return job.alpha >= 1e-30 && job.alpha <= 1e30 && job.beta > 0 && job.beta <= 2 && job.k > 1 / limit &&
@@ -65,7 +74,7 @@ struct Response {
 };
 
 // d^-beta = 2^(-beta log2 d) to about 2 units in the last place, for normal d.
-inline float inverse_power(float d, const Response<float>& r) {
+RENORM_ALWAYS inline float inverse_power(float d, const Response<float>& r) {
     uint32_t bits = bits_of(d);
     int32_t exponent = int32_t(bits - 0x3f3504f3u) >> 23;  // d = 2^exponent m with m from sqrt(1/2) to sqrt(2)
     float e = float(exponent), m = float_of(bits - (uint32_t(exponent) << 23));
@@ -78,7 +87,7 @@ inline float inverse_power(float d, const Response<float>& r) {
     float f = (high - whole) + low;
     float power = 0.0013333558f + f * (1.5403530e-4f + f * 1.5252734e-5f);
     power = 1 + f * (0.69314718f + f * (0.24022651f + f * (0.055504109f + f * (0.0096181291f + f * power))));
-    return power * float_of(uint32_t(int32_t(whole) + 127) << 23);
+    return power * float_of(uint32_t(int32_t(whole) + 127) << 23) + (d - d);  // NaN stays NaN
 }
 inline double inverse_power(double d, const Response<double>& r) { return pow(d, -r.beta); }
 
@@ -87,10 +96,10 @@ struct Inverse {
     Vec<A> power, one;  // d^-beta, 1 / d
 };
 template <class A>
-inline Inverse<A> inverse_any(Vec<A> d, const Response<A>& r) {
+RENORM_ALWAYS inline Inverse<A> inverse_any(Vec<A> d, const Response<A>& r) {
     A lanes[kLanes<A>];
     std::memcpy(lanes, &d, sizeof d);
-RENORM_LOOP
+    RENORM_LOOP
     for (int i = 0; i < kLanes<A>; i++) lanes[i] = inverse_power(lanes[i], r);
     Inverse<A> inverse;
     std::memcpy(&inverse.power, lanes, sizeof d);
@@ -98,14 +107,14 @@ RENORM_LOOP
     return inverse;
 }
 template <class A>
-RENORM_INLINE inline Inverse<A> inverse_three_quarters(Vec<A> d) {
+RENORM_ALWAYS inline Inverse<A> inverse_three_quarters(Vec<A> d) {
     Vec<A> half = splat(A(1)) / root<A>(d);
     return {half * root<A>(half), half * half};
 }
 #if defined(__AVX512F__) && !defined(RENORM_PLAIN_LANES)
 // Estimates good to 2^-14, then one step of Newton for p^-4 = d^3: a quarter of the time of roots and quotients.
 template <>
-RENORM_INLINE inline Inverse<float> inverse_three_quarters<float>(Vec<float> d) {
+RENORM_ALWAYS inline Inverse<float> inverse_three_quarters<float>(Vec<float> d) {
     Vec<float> half = _mm512_maskz_rsqrt14_ps(0xffff, d), quarter = _mm512_maskz_rsqrt14_ps(0xffff, half);
     Vec<float> p = half * half * quarter, dp = d * p;
     Vec<float> off = 1.0f - (dp * dp) * (dp * p);
@@ -114,7 +123,7 @@ RENORM_INLINE inline Inverse<float> inverse_three_quarters<float>(Vec<float> d) 
 }
 #endif
 template <class A>
-RENORM_INLINE inline Inverse<A> invert(Vec<A> d, const Response<A>& r) {
+RENORM_ALWAYS inline Inverse<A> invert(Vec<A> d, const Response<A>& r) {
     if (r.beta == A(0.75)) return inverse_three_quarters<A>(d);
     if (r.beta == A(0.5)) {
         Vec<A> half = splat(A(1)) / root<A>(d);
@@ -155,7 +164,8 @@ struct LocalWindow {
 
     static int64_t entries(int64_t num, int64_t size) { return (num + 2) * size; }
     LocalWindow(A* memory, int64_t num, int64_t size)
-        : ring(memory), front(memory + num * size), zeros(front + size), num(num), size(size), here(ring), oldest(zeros) {
+        : ring(memory), front(memory + num * size), zeros(front + size), num(num), size(size), here(ring),
+          oldest(zeros) {
         std::memset(front, 0, size_t(2 * size) * sizeof(A));
     }
     Vec<A> push(int64_t i, Vec<A> v) const {
@@ -184,7 +194,7 @@ struct LocalWindow {
 
 // f(position, place in a scratch row, whole or part): the last vector overlaps the one before where there is one.
 template <class A, class F>
-RENORM_INLINE inline void each_position(int64_t width, F f) {
+RENORM_ALWAYS inline void each_position(int64_t width, F f) {
     constexpr int w = kLanes<A>;
     int64_t i = 0;
     for (; i + w <= width; i += w) f(i, i, Whole{});
@@ -201,10 +211,11 @@ struct LocalSizes {
     int64_t before, after, num;  // of the window, as far as there are channels
     bool planes;
     int64_t width, tasks;  // positions of a tile, tiles
-    int64_t gap, row;      // pixels: zeros between pixels, entries from pixel to pixel
+    int64_t ahead;         // entries from what is read to what is fetched
+    int64_t gap, row;      // pixels: zeros before the first, entries of a block from one to the next
     int64_t scratch;       // entries
 
-    explicit LocalSizes(const LocalJob& job, int lanes, int bytes)
+    LocalSizes(const LocalJob& job, int lanes, int scratch_bytes, int bytes)  // of one entry
         : batch(job.batch), channels(job.channels), positions(job.positions), batch_stride(job.batch_stride),
           channel_stride(job.channel_stride), position_stride(job.position_stride) {
         before = least(job.before, channels - 1);
@@ -218,20 +229,22 @@ struct LocalSizes {
         planes = position_stride == 1 && positions > 1;
         if (planes) {
             int64_t rows = job.dy ? 2 * (num + 2) + before + 1 : num + 2;
-            width = most(4, kLocalScratch / bytes / rows / lanes) * lanes;
+            width = most(4, kLocalScratch / scratch_bytes / rows / lanes) * lanes;
             int64_t tiles = (positions + width - 1) / width;
             width = ((positions + tiles - 1) / tiles + lanes - 1) / lanes * lanes;  // tiles of about one size
             scratch = rows * width;
             gap = row = 0;
+            ahead = (kAhead / bytes / width + 1) * channel_stride;
         } else {
-            gap = most(before, after);
-            row = channels + gap;
+            gap = (most(before, after) + lanes - 1) / lanes * lanes;
+            row = (channels + most(before, after) + lanes - 1) / lanes * lanes;
             width = least(positions, most(1, kLocalBlock / row));
-            scratch = (job.dy ? 3 : 2) * entries(lanes);
+            scratch = (job.dy ? 4 : 2) * entries(lanes);
+            ahead = kAhead / bytes;
         }
         tasks = batch * ((positions + width - 1) / width);
     }
-    int64_t entries(int lanes) const { return gap + width * row + 2 * num + 8 * lanes; }  // of a block of pixels
+    int64_t entries(int lanes) const { return gap + width * row + 2 * num + 2 * lanes; }  // of a block of pixels
 };
 
 template <class T, class A>
@@ -245,6 +258,8 @@ bool planes_forward(const Response<A>& r, const LocalSizes& sizes, const T* x, T
         const T *x_t = x + t * sizes.channel_stride, *x_c = x + c * sizes.channel_stride;
         T* y_c = y + c * sizes.channel_stride;
         each_position<A>(width, [&](int64_t p, int64_t i, auto span) RENORM_INLINE {
+            prefetch(x_t + p + sizes.ahead);
+            prefetch_to_write(y_c + p + sizes.ahead);
             Vec<A> v = enters ? get<A>(span, x_t + p, A(0)) : splat(A(0));
             Vec<A> sum = window.push(i, v * v);
             if (!leaves) return;
@@ -278,6 +293,9 @@ bool planes_backward(const Response<A>& r, const LocalSizes& sizes, const T* x, 
         if (c >= 0) row_c = row_c + 1 == rows ? 0 : row_c + 1;
         const A* direct_i = direct + row_c * size;  // the oldest
         each_position<A>(width, [&](int64_t p, int64_t i, auto span) RENORM_INLINE {
+            prefetch(x_t + p + sizes.ahead);
+            prefetch(dy_c + p + sizes.ahead);
+            prefetch_to_write(dx_i + p + sizes.ahead);
             Vec<A> v = enters ? get<A>(span, x_t + p, A(0)) : zero;
             Vec<A> sum = squares.push(i, v * v), share = zero;
             if (c < 0) return;
@@ -301,36 +319,39 @@ bool planes_backward(const Response<A>& r, const LocalSizes& sizes, const T* x, 
 
 // ---- pixels: vectors run along the channels
 
-// sums[i] = q[i] + ... + q[i + num - 1] for i < n, with whole vectors beyond; q is overwritten.
+// Sums over windows of entries of a block.
 template <class A>
-inline void window_sums(A* q, int64_t num, A* sums, int64_t n) {
-    constexpr int w = kLanes<A>;
-    if (num <= kShifts) {
-        for (int64_t i = 0; i < n; i += 4 * w) {
-            Vec<A> sum[4];
-            for (int u = 0; u < 4; u++) sum[u] = load<A>(q + i + u * w);
-            for (int64_t j = 1; j < num; j++)
-                for (int u = 0; u < 4; u++) sum[u] += load<A>(q + i + j + u * w);
-            for (int u = 0; u < 4; u++) store<A>(sums + i + u * w, sum[u]);
-        }
-        return;
-    }
-    // By doubling: q holds sums of `span` entries, `sums` those of the last bits of num.
-    int64_t done = 0;
-    for (int64_t span = 1; span <= num; span *= 2) {
-        bool wanted = num & span, more = 2 * span <= num;
-        int64_t reach = n + num - done;
-        for (int64_t i = 0; i < reach; i += w) {
-            Vec<A> v = load<A>(q + i);
-            if (wanted && i < n) store<A>(sums + i, done ? load<A>(sums + i) + load<A>(q + i + done) : v);
-            if (more) store<A>(q + i, v + load<A>(q + i + span));
-        }
-        if (wanted) done += span;
-    }
-}
+struct Shifted {
+    A *q, *sums;  // sums: where there are too many shifts to add them one by one
+    int64_t num, before;
 
+    // By doubling: q comes to hold sums of `span` entries, `sums` those of as many as the low bits of num say.
+    Shifted(A* q, A* sums, int64_t num, int64_t before, int64_t n) : q(q), sums(sums), num(num), before(before) {
+        constexpr int w = kLanes<A>;
+        if (num <= kShifts) return;
+        int64_t done = 0;
+        for (int64_t span = 1; span <= num; span *= 2) {
+            bool wanted = (num & span) != 0, more = 2 * span <= num;
+            for (int64_t i = 0; i < n + num; i += w) {
+                Vec<A> v = load<A>(q + i);
+                if (wanted && i < n) store<A>(sums + i, done ? load<A>(sums + i) + load<A>(q + i + done) : v);
+                if (more) store<A>(q + i, v + load<A>(q + i + span));
+            }
+            if (wanted) done += span;
+        }
+    }
+    Vec<A> at(int64_t place) const {
+        if (num > kShifts) return load<A>(sums + place - before);
+        const A* first = q + place - before;
+        Vec<A> sum = load<A>(first);
+        for (int64_t j = 1; j < num; j++) sum += load<A>(first + j);
+        return sum;
+    }
+};
+
+// f(offset in x, place in a block, whole or part)
 template <class A, class F>
-RENORM_INLINE inline void each_channel(const LocalSizes& sizes, int64_t width, F f) {  // f(offset in x, place in a block, span)
+RENORM_ALWAYS inline void each_channel(const LocalSizes& sizes, int64_t width, F f) {
     constexpr int w = kLanes<A>;
     for (int64_t p = 0; p < width; p++) {
         int64_t offset = p * sizes.position_stride, place = sizes.gap + p * sizes.row, c = 0;
@@ -340,24 +361,25 @@ RENORM_INLINE inline void each_channel(const LocalSizes& sizes, int64_t width, F
 }
 
 template <class T, class A>
-inline void pixel_squares(const LocalSizes& sizes, const T* x, int64_t width, A* q, A* sums) {
+inline Shifted<A> pixel_squares(const LocalSizes& sizes, const T* x, int64_t width, A* q, A* sums) {
     int64_t n = sizes.gap + width * sizes.row;
     std::memset(q, 0, size_t(n + sizes.num) * sizeof(A));
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
+        prefetch(x + offset + sizes.ahead);
         Vec<A> v = get<A>(span, x + offset, A(0));
-        store<A>(q + place, v * v);  // what a part writes beyond its channels is 0
+        store<A>(q + place, v * v);  // 0 beyond a part: the gap stays empty
     });
-    window_sums(q, sizes.num, sums, n);
+    return Shifted<A>(q, sums, sizes.num, sizes.before, n);
 }
 
 template <class T, class A>
 bool pixels_forward(const Response<A>& r, const LocalSizes& sizes, const T* x, T* y, int64_t width, A* scratch) {
-    A *q = scratch, *sums = scratch + sizes.entries(kLanes<A>);
     Largest<A> largest;
     Vec<A> alpha = splat(r.alpha), k = splat(r.k);
-    pixel_squares(sizes, x, width, q, sums);
+    Shifted<A> squares = pixel_squares(sizes, x, width, scratch, scratch + sizes.entries(kLanes<A>));
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
-        Vec<A> d = k + alpha * load<A>(sums + place - sizes.before);
+        prefetch_to_write(y + offset + sizes.ahead);
+        Vec<A> d = k + alpha * squares.at(place);
         largest.see(d);
         put<A>(span, y + offset, get<A>(span, x + offset, A(0)) * invert(d, r).power);
     });
@@ -368,23 +390,26 @@ template <class T, class A>
 bool pixels_backward(const Response<A>& r, const LocalSizes& sizes, const T* x, const T* dy, T* dx, int64_t width,
                      A* scratch) {
     int64_t n = sizes.gap + width * sizes.row, entries = sizes.entries(kLanes<A>);
-    A *q = scratch, *sums = scratch + entries, *direct = scratch + 2 * entries;
+    A *direct = scratch, *q = scratch + entries, *sums = scratch + 2 * entries;
     Largest<A> largest;
     Vec<A> alpha = splat(r.alpha), k = splat(r.k), slope = splat(r.slope);
-    pixel_squares(sizes, x, width, q, sums);
-    std::memset(q, 0, size_t(n + sizes.num) * sizeof(A));
+    Shifted<A> squares = pixel_squares(sizes, x, width, q, sums);
+    A* share = scratch + 3 * entries;  // dy x d^(-beta - 1); 0 in the gaps
+    std::memset(share, 0, size_t(n + sizes.num) * sizeof(A));
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
-        Vec<A> d = k + alpha * load<A>(sums + place - sizes.before);
+        prefetch(dy + offset + sizes.ahead);
+        Vec<A> d = k + alpha * squares.at(place);
         largest.see(d);
         Inverse<A> inverse = invert(d, r);
         Vec<A> main = get<A>(span, dy + offset, A(0)) * inverse.power;
         store<A>(direct + place, main);
-        put<A>(span, q + place, main * (get<A>(span, x + offset, A(0)) * inverse.one));
+        put<A>(span, share + place, main * (get<A>(span, x + offset, A(0)) * inverse.one));
     });
-    window_sums(q, sizes.num, sums, n);
+    Shifted<A> shares(share, sums, sizes.num, sizes.after, n);
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
-        Vec<A> sum = load<A>(sums + place - sizes.after);
-        put<A>(span, dx + offset, load<A>(direct + place) + slope * get<A>(span, x + offset, A(0)) * sum);
+        prefetch_to_write(dx + offset + sizes.ahead);
+        Vec<A> main = load<A>(direct + place), v = get<A>(span, x + offset, A(0));
+        put<A>(span, dx + offset, main + slope * v * shares.at(place));
     });
     return largest.below(r.limit);
 }
@@ -396,9 +421,10 @@ inline bool local_tile(const LocalJob& job, const Response<A>& r, const LocalSiz
     int64_t tiles = sizes.tasks / sizes.batch, p = task % tiles * sizes.width;
     int64_t offset = task / tiles * sizes.batch_stride + p * sizes.position_stride;
     int64_t width = least(sizes.width, sizes.positions - p);
-    const T *x = (const T*)job.x + offset, *dy = (const T*)job.dy + offset;
+    const T* x = (const T*)job.x + offset;
     T* out = (T*)job.out + offset;
     if (job.dy) {
+        const T* dy = (const T*)job.dy + offset;
         return sizes.planes ? planes_backward(r, sizes, x, dy, out, width, scratch)
                             : pixels_backward(r, sizes, x, dy, out, width, scratch);
     }
@@ -410,10 +436,10 @@ template <class T>
 bool local_as(const LocalJob& job) {
     using A = Acc<T>;
     if (job.batch * job.channels * job.positions == 0) return true;
-    LocalSizes sizes(job, kLanes<A>, int(sizeof(A)));
+    LocalSizes sizes(job, kLanes<A>, int(sizeof(A)), int(sizeof(T)));
     Response<A> r(job);
     Response<double> wide(job);
-    bool narrow = sizeof(A) < sizeof(double) && Response<A>::suits_float(job);
+    bool in_float = sizeof(A) < sizeof(double) && Response<A>::suits_float(job);
     int64_t entries = job.batch * job.channels * job.positions;
     int threads = int(most(1, least(least(job.threads, sizes.tasks), entries / kEntriesPerThread)));
     int failed = 0;
@@ -427,7 +453,7 @@ bool local_as(const LocalJob& job) {
             return;
         }
         for (int64_t task = sizes.tasks * thread / threads; task < sizes.tasks * (thread + 1) / threads; task++) {
-            if (narrow && local_tile<T, A>(job, r, sizes, task, (A*)scratch.data)) continue;
+            if (in_float && local_tile<T, A>(job, r, sizes, task, (A*)scratch.data)) continue;
             local_tile<T, double>(job, wide, sizes, task, scratch.data);
         }
     });

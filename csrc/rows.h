@@ -1,5 +1,14 @@
 // Row kernels: the innermost loop is summed over, each run belongs to one cell.
 
+// A shift to begin with: the mean of a vector's worth of entries, or of all where some are masked.
+template <class T, class A = Acc<T>>
+inline A first_shift(const T* x, int64_t n, const uint8_t* mask) {
+    int64_t some = mask ? n : least(n, kLanes<A>);
+    A sum = mask ? row_total<false, T, A>(x, n, mask) : row_total<true, T, A>(x, some, nullptr);
+    A mean = sum / A(mask ? count_real(mask, n) : some);
+    return finite(mean) ? mean : A(0);
+}
+
 // Adds one run to a cell.
 template <class T, class A>
 inline void add_run(Cell<A>& cell, const T* x, int64_t n, const uint8_t* mask, bool about_zero) {
@@ -10,16 +19,16 @@ inline void add_run(Cell<A>& cell, const T* x, int64_t n, const uint8_t* mask, b
         double count = double(m ? count_real(m, size) : size);
         if (count == 0) continue;
         if (cell.n == 0) {
-            cell.shift = A(0);
-            if (!about_zero) {
-                A mean = A(row_total<T, A>(p, size, m) / A(count));
-                if (finite(mean)) cell.shift = mean;
-            }
+            cell.shift = about_zero ? A(0) : first_shift(p, size, m);
             cell.due = 2 * count;
         }
         A s, q;
+        m ? row_moments<false>(p, size, m, cell.shift, s, q) : row_moments<true>(p, size, m, cell.shift, s, q);
+        if (cell.n == 0 && !about_zero && far(s, q, A(count))) {
+            cell.shift += s / A(count);
+            m ? row_moments<false>(p, size, m, cell.shift, s, q) : row_moments<true>(p, size, m, cell.shift, s, q);
+        }
         double wide_s, wide_q;
-        row_moments(p, size, m, cell.shift, s, q);
         if (finite(q)) {
             wide_s = s, wide_q = q;
         } else {
@@ -84,16 +93,20 @@ struct RowForward : Forward<T> {
         if (!mask.none && !job.measured)
             add_run(cell, x + runs.at(x_operand, index, i) + start, n, mask.bytes, job.about_zero != 0);
     }
-    void apply(Line<A> line, int64_t index, int64_t i, int64_t start, int64_t n) const {
+    void apply(Line<A> line, int64_t index, int64_t i, int64_t start, int64_t n, int64_t ahead) const {
         T* y = (T*)job.y + runs.at(kY, index, i) + start;
         RunMask mask(job, job.mask ? runs.at(kMask, index, i) : 0, start);
         const T* p = x + runs.at(x_operand, index, i) + start;
+        Act<A> act = act_of<A>(job);
         if (mask.none) {
             zero(y, n);
         } else if (nest.along) {
-            row_apply_along<T, A>(p, y, n, mask.bytes, line, parameters.w + start, parameters.b + start, act_of<A>(job));
+            const A *w = parameters.w + start, *b = parameters.b + start;
+            mask.bytes || act.kind ? row_apply_along<false>(p, y, n, ahead, mask.bytes, line, w, b, act)
+                                 : row_apply_along<true>(p, y, n, ahead, mask.bytes, line, w, b, act);
         } else {
-            row_apply<T, A>(p, y, n, mask.bytes, line, act_of<A>(job));
+            mask.bytes || act.kind ? row_apply<false>(p, y, n, ahead, mask.bytes, line, act)
+                                 : row_apply<true>(p, y, n, ahead, mask.bytes, line, act);
         }
     }
 };
@@ -156,7 +169,7 @@ bool row_forward(const Job& job) {
         if (!job.y) return true;
         parallel(panels.threads, [&](int thread, int threads) {
             units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
-                kernel.apply(kernel.line(cell), cell, i, start, n);
+                kernel.apply(kernel.line(cell), cell, i, start, n, n);
             });
         });
         return true;
@@ -179,8 +192,8 @@ bool row_forward(const Job& job) {
             }
             if (!job.y) continue;
             for (int64_t c = 0; c < num; c++) lines[c] = kernel.line(first + c);
-            for (int64_t i = 0; i < nest.r0; i++)
-                for (int64_t c = 0; c < num; c++) kernel.apply(lines[c], first + c, i, 0, nest.r1);
+            for (int64_t i = nest.r0 - 1; i >= 0; i--)  // backwards: what was read last is still in the cache
+                for (int64_t c = 0; c < num; c++) kernel.apply(lines[c], first + c, i, 0, nest.r1, num * nest.r1);
         }
     });
     return true;
@@ -205,18 +218,22 @@ struct RowBackward : Backward<T> {
         for (int64_t at = 0; at < n; at += kBlock) {
             int64_t num = least(kBlock, n - at);
             const uint8_t* m = mask.bytes ? mask.bytes + at : nullptr;
+            Act<A> act = act_of<A>(job);
             A a, b;
             if (nest.along) {
-                row_reduce_along<T, A>(x + at, dy + at, num, m, line, parameters.w + start + at, parameters.b + start + at,
-                                       act_of<A>(job), a, b);
+                const A *w = parameters.w + start + at, *v = parameters.b + start + at;
+                m || act.kind ? row_reduce_along<false>(x + at, dy + at, num, m, line, w, v, act, a, b)
+                              : row_reduce_along<true>(x + at, dy + at, num, m, line, w, v, act, a, b);
             } else {
-                row_reduce<T, A>(x + at, dy + at, num, m, line, act_of<A>(job), a, b);
+                m || act.kind ? row_reduce<false>(x + at, dy + at, num, m, line, act, a, b)
+                              : row_reduce<true>(x + at, dy + at, num, m, line, act, a, b);
             }
             s1 += a;
             s2 += b;
         }
     }
-    void apply(Line<A> line, Combine<A> by, int64_t index, int64_t i, int64_t start, int64_t n, A* dw, A* dv) const {
+    void apply(Line<A> line, Combine<A> by, int64_t index, int64_t i, int64_t start, int64_t n, int64_t ahead, A* dw,
+               A* dv) const {
         int64_t out = runs.at(kY, index, i) + start;
         T* dx = job.dx ? (T*)job.dx + out : nullptr;
         const T* dsum = job.dsum ? (const T*)job.dsum + out : nullptr;
@@ -228,11 +245,15 @@ struct RowBackward : Backward<T> {
         }
         const T* x = (const T*)job.x + runs.at(kX, index, i) + start;
         const T* dy = (const T*)job.dy + out;
+        Act<A> act = act_of<A>(job);
+        bool plain = !mask.bytes && !act.kind;
         if (nest.along) {
-            row_combine_along<T, A>(x, dy, dsum, dx, n, mask.bytes, line, by, parameters.w + start, parameters.b + start, dw,
-                                    dv, act_of<A>(job));
+            const A *w = parameters.w + start, *v = parameters.b + start;
+            plain ? row_combine_along<true>(x, dy, dsum, dx, n, ahead, mask.bytes, line, by, w, v, dw, dv, act)
+                  : row_combine_along<false>(x, dy, dsum, dx, n, ahead, mask.bytes, line, by, w, v, dw, dv, act);
         } else {
-            row_combine<T, A>(x, dy, dsum, dx, n, mask.bytes, line, by, act_of<A>(job));
+            plain ? row_combine<true>(x, dy, dsum, dx, n, ahead, mask.bytes, line, by, act)
+                  : row_combine<false>(x, dy, dsum, dx, n, ahead, mask.bytes, line, by, act);
         }
     }
 };
@@ -268,7 +289,7 @@ bool row_backward(const Job& job) {
             parallel(panels.threads, [&](int thread, int threads) {
                 units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
                     Combine<A> by = kernel.combine(cell, gradients[cell / nest.merge]);
-                    kernel.apply(kernel.line(cell), by, cell, i, start, n, nullptr, nullptr);
+                    kernel.apply(kernel.line(cell), by, cell, i, start, n, n, nullptr, nullptr);
                 });
             });
         }
@@ -305,10 +326,10 @@ bool row_backward(const Job& job) {
             for (int64_t s = 0; s < sets; s++) {
                 SetGradient gradient = kernel.solve(set + s);
                 if (!job.dx && !wants) continue;
-                // r0 loops run inside a set: its runs were just read.
-                for (int64_t i = 0; i < nest.r0; i++)
+                for (int64_t i = nest.r0 - 1; i >= 0; i--)
                     for (int64_t c = s * nest.merge; c < (s + 1) * nest.merge; c++)
-                        kernel.apply(lines[c], kernel.combine(first + c, gradient), first + c, i, 0, nest.r1, dw, dv);
+                        kernel.apply(lines[c], kernel.combine(first + c, gradient), first + c, i, 0, nest.r1,
+                                     num * nest.r1, dw, dv);
                 since++;
                 if (wants && since == 128) flush();
             }

@@ -167,6 +167,17 @@ inline A total(Vec<A> v) {  // pairwise
     return part[0];
 }
 
+#if defined(__AVX512F__) && !defined(RENORM_PLAIN_LANES)
+template <>
+inline float total<float>(Vec<float> v) {
+    return _mm512_reduce_add_ps(v);
+}
+template <>
+inline double total<double>(Vec<double> v) {
+    return _mm512_reduce_add_pd(v);
+}
+#endif
+
 // Load and store one vector of entries of any dtype.
 template <class A, class T>
 inline Vec<A> load(const T* p) {
@@ -294,3 +305,12 @@ struct MaskPart {
         for (int i = 0; i < kBytes / 4; i++) byte[i] = i < n ? mask[i] : uint8_t(0);
     }
 };
+
+// Asks for memory that the next panel reads, while this one is written. Past the end it does nothing.
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}

@@ -236,7 +236,7 @@ def _backward(
 
 
 def _new_stats(made: Nest) -> Tensor:
-    return torch.empty((3, made.sets), dtype=torch.float64)
+    return torch.empty((4, made.sets), dtype=torch.float64)
 
 
 # ---- the norm in one call
@@ -306,7 +306,7 @@ def normalize(
     about_zero: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Measure, standardize and recover in one call; and mean, biased variance and count, (3, sets)."""
+    """Measure, standardize and recover in one call; and the statistics, (4, sets)."""
     stats = _new_stats(made)
     mask = _mask_for(mask, made)
     if torch.is_grad_enabled() and (
@@ -323,7 +323,7 @@ def normalize(
 
 def moments_of(stats: Tensor, part: Partition, made: Nest) -> Moments:
     """What `normalize` measured, as moments."""
-    mean, var, count = _stats_to_view(stats, made, part)
+    mean, var, count = _stats_to_view(stats[:3], made, part)
     return Moments(count, mean, var, part.names)
 
 
@@ -375,7 +375,7 @@ class _Measure(torch.autograd.Function):
             )
             return dx, None, None, None, None, None, None
         dy, weight, bias, affine = left
-        mean, var, count = _stats_to_view(stats, made, part)
+        mean, var, count = _stats_to_view(stats[:3], made, part)
         n = count.clamp(min=1)
         square = torch.where(count > 0, 2 * dvar / n, 0)
         pivot = mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32).to(torch.float64)
@@ -455,7 +455,7 @@ class _Apply(torch.autograd.Function):
             upstream.task, upstream.left = torch._C._current_graph_task_id(), (dy, w, b, affine)
         dw = None if dw is None else _from_kernel(dw, weight, made, part)
         db = None if db is None else _from_kernel(db, bias, made, part)
-        dscale, dcenter, dshift = _stats_to_view(daffine, made, part)
+        dscale, dcenter, dshift = _stats_to_view(daffine[:3], made, part)
         return (
             dx,
             zero,
@@ -482,7 +482,7 @@ class Measured:
 
     made: Nest
     mask: Tensor | None
-    stats: Tensor  # mean, biased variance, count: (3, sets)
+    stats: Tensor  # mean, biased variance, count, 1 / sqrt(var + eps): (4, sets)
     mean: Tensor | None  # the moments' own, which leads the gradient back to measure; None for given statistics
     upstream: _Upstream | None
 
@@ -494,14 +494,14 @@ def measure(
     stats, upstream = _new_stats(made), _Upstream()
     mask = _mask_for(mask, made)
     mean, var = _Measure.apply(x, mask, part, made, about_zero, stats, upstream)
-    count = stats[2:] if mask is not None else stats[2:, :1]
+    count = stats[2:3] if mask is not None else stats[2:3, :1]
     count = _stats_to_view(count, made, part)[0] if mask is not None else count.view([1] * len(made.split))
     return Moments(count, mean, var, part.names), Measured(made, mask, stats, mean, upstream)
 
 
 def given(x: Tensor, moments: Moments, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
     """The same for statistics that do not come from `x`."""
-    stats = _stats_to_kernel([moments.mean, moments.var, torch.ones((), dtype=torch.float64)], made, part)
+    stats = _stats_to_kernel([moments.mean, moments.var, *[torch.ones((), dtype=torch.float64)] * 2], made, part)
     return Measured(made, _mask_for(mask, made), stats, None, None)
 
 
