@@ -37,7 +37,7 @@ COMMON = {
     "gnu": [
         *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"),
         "-fno-lto",
-        # Python's own flags ask for debugging information, which doubles the time; those of a packager stand.
+        # Python's own flags ask for debugging information: 1.4 times the time. Those of a packager stand.
         *([] if "CXXFLAGS" in os.environ else ["-g0"]),
     ],
     "msvc": ["/std:c++17", "/O2", "/EHsc", "/GL-"],

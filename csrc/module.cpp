@@ -137,6 +137,7 @@ int64_t entries(const Nest& nest) {
     for (int64_t d = 0; d < nest.outer_dims; d++) n *= nest.outer_size[d];
     return n;
 }
+int64_t sets(const Nest& nest) { return entries(nest) / (nest.r0 * nest.r1 * nest.merge); }
 int64_t item_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 template <class J>
@@ -181,7 +182,13 @@ PyObject* py_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     int64_t numel = entries(job.nest), bytes = numel * item_size(job.dtype);
     if (job.y != job.x) want_huge_pages(job.y, bytes);
     want_huge_pages(job.sum, bytes);
-    return run(kernels->forward, job, numel);
+    if (job.stats) return run(kernels->forward, job, numel);
+    void* own = std::malloc(size_t(4 * sets(job.nest)) * sizeof(double));  // nobody wants to see them
+    if (!own) return PyErr_NoMemory();
+    job.stats = static_cast<double*>(own);
+    PyObject* result = run(kernels->forward, job, numel);
+    std::free(own);
+    return result;
 }
 
 PyObject* py_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
@@ -278,10 +285,66 @@ PyObject* py_track(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return PyBool_FromLong(moved);
 }
 
+// What torch's batch norm is about to move: kept here, and put back by `settle` where the batch was not finite.
+thread_local struct Kept {
+    char* memory = nullptr;
+    size_t size = 0;
+    ~Kept() { std::free(memory); }
+} kept;
+
+PyObject* py_guard(PyObject*, PyObject* const* items, Py_ssize_t count) {
+    Arguments from(items, count, 4);
+    size_t bytes = size_t(item_size(int(from.integer())));
+    bytes *= size_t(from.integer());
+    void* mean = from.pointer();
+    void* var = from.pointer();
+    if (!from.ok) return nullptr;
+    if (kept.size < 2 * bytes) {
+        std::free(kept.memory);
+        kept.memory = static_cast<char*>(std::malloc(2 * bytes));
+        kept.size = kept.memory ? 2 * bytes : 0;
+        if (!kept.memory) return PyErr_NoMemory();
+    }
+    std::memcpy(kept.memory, mean, bytes);
+    std::memcpy(kept.memory + bytes, var, bytes);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+template <class T>
+bool all_finite(int64_t num, const T* values) {
+    for (int64_t i = 0; i < num; i++)
+        if (!(values[i] - values[i] == 0)) return false;
+    return true;
+}
+
+// Counts the batch if running statistics, float32 or float64, are finite, and puts back what `guard` kept if not.
+PyObject* py_settle(PyObject*, PyObject* const* items, Py_ssize_t count) {
+    Arguments from(items, count, 5);
+    int dtype = int(from.integer());
+    int64_t num = from.integer();
+    void* mean = from.pointer();
+    void* var = from.pointer();
+    int64_t* batches = from.pointer<int64_t>();
+    if (!from.ok) return nullptr;
+    bool good = dtype == kFloat64 ? all_finite(num, (double*)mean) && all_finite(num, (double*)var)
+                                  : all_finite(num, (float*)mean) && all_finite(num, (float*)var);
+    size_t bytes = size_t(num * item_size(dtype));
+    if (good) {
+        if (batches) ++*batches;
+    } else if (kept.size >= 2 * bytes) {
+        std::memcpy(mean, kept.memory, bytes);
+        std::memcpy(var, kept.memory + bytes, bytes);
+    }
+    return PyBool_FromLong(good);
+}
+
 PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, "Measure and apply; see struct Job."},
     {"backward", (PyCFunction)(void (*)(void))py_backward, METH_FASTCALL, "Gradients; see struct Job."},
     {"local", (PyCFunction)(void (*)(void))py_local, METH_FASTCALL, "Local response norm; see struct LocalJob."},
+    {"guard", (PyCFunction)(void (*)(void))py_guard, METH_FASTCALL, "Keep running statistics for `settle`."},
+    {"settle", (PyCFunction)(void (*)(void))py_settle, METH_FASTCALL, "Count a batch, or put back what was kept."},
     {"track", (PyCFunction)(void (*)(void))py_track, METH_FASTCALL, "Move running statistics."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -7,6 +7,7 @@ from checks import Case, moments
 from torch import nn
 
 import renorm as rn
+from renorm.kernels import native, select
 
 
 def standardize(dims, *, eps=1e-5, along=None, about_zero=False):
@@ -195,6 +196,15 @@ PAIRS = [
 
 @pytest.mark.parametrize(("case", "check"), PAIRS)
 def test_zoo(case, check):
+    check(case)
+
+
+@pytest.mark.parametrize(("case", "check"), PAIRS)
+def test_zoo_natively(case, check, monkeypatch):
+    """The inputs of the checks are small, where torch's kernels are chosen: once more with the native ones."""
+    if native.native_module() is None:
+        pytest.skip(native.status())
+    monkeypatch.setattr(select, "faster_from", lambda *_: 0)
     check(case)
 
 

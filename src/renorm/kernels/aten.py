@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from renorm.kernels.moments import Moments
 from renorm.pattern import Partition
 
-__all__ = ["batch_norm", "batch_norm_in_training", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
+__all__ = ["Direct", "batch_norm", "batch_norm_in_training", "direct", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
 
 # Roles of the split view's axes, see Partition.roles. The first that fits is the fastest.
 _FORMS = (
@@ -30,6 +31,35 @@ _FORMS = (
 def recognize(part: Partition) -> str | None:
     """The name of the torch kernel that computes this partition, or None."""
     return next((name for name, form in _FORMS if form.match(part.roles)), None)
+
+
+Direct = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
+
+
+def direct(x: Tensor, part: Partition, op: str, weight: Tensor | None, bias: Tensor | None) -> Direct | None:
+    """The kernel as a function of (x, weight, bias, eps) where neither input nor output needs a new shape or layout.
+
+    For inputs of this shape and these strides; it goes around the checks in torch.nn.functional, which cost as
+    much as a small tensor's norm.
+    """
+    if any(p is not None and p.dim() != 1 and op != "layer_norm" for p in (weight, bias)):
+        return None
+    if op == "batch_norm":
+        if _channels_second(x, part) is not x:
+            return None
+        return lambda x, weight, bias, eps: torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, True)
+    if not x.is_contiguous():
+        return None
+    if op == "layer_norm" and part.reduced[-1] == len(part.names) - 1 and len(part.names) == x.dim():
+        shape = list(x.shape[part.reduced[0] :])
+        if any(p is not None and list(p.shape) != shape for p in (weight, bias)):
+            return None
+        return lambda x, weight, bias, eps: torch.layer_norm(x, shape, weight, bias, eps, True)
+    if op == "group_norm":
+        samples, groups, channels, _ = _group_sizes(x, part)
+        if x.shape[:2] == (samples, groups * channels):
+            return lambda x, weight, bias, eps: torch.group_norm(x, groups, weight, bias, eps, True)
+    return None
 
 
 def layer_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -47,13 +77,17 @@ def rms_norm(x: Tensor, part: Partition, weight: Tensor | None, eps: float) -> T
 
 def group_norm(x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`F.group_norm` on (samples, channels, positions)."""
-    split = part.view(x).shape
-    samples, groups, channels, positions = [
-        math.prod([size for size, letter in zip(split, part.roles, strict=True) if letter == role]) for role in "kKRr"
-    ]
+    samples, groups, channels, positions = _group_sizes(x, part)
     as_it_is = x.shape[:2] == (samples, groups * channels)
     v = x.contiguous() if as_it_is else x.reshape(samples, groups * channels, positions)
     return _like(F.group_norm(v, groups, _flat(weight), _flat(bias), eps), x)
+
+
+def _group_sizes(x: Tensor, part: Partition) -> list[int]:
+    """Samples, groups, channels of a group, positions."""
+    split = zip(part.view(x).shape, part.roles, strict=True)
+    sizes = [(size, letter) for size, letter in split]
+    return [math.prod([size for size, letter in sizes if letter == role]) for role in "kKRr"]
 
 
 def batch_norm(

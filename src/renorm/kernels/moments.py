@@ -17,6 +17,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     float32 for half precision, float64 for the others. A float32 mean is off by up to 6e-8 of itself, which is
     6e-4 standard deviations when the mean is 1e4 of them; these tensors are small, so the wider one is free.
     """
+    if x.device.type == "cpu":
+        return torch.float64
     if x.dtype in (torch.float16, torch.bfloat16) or x.device.type == "mps":
         return torch.float32
     return torch.float64

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from renorm.kernels import reference
 from renorm.kernels.moments import Affine, Moments
-from renorm.kernels.nest import Nest
+from renorm.kernels.nest import Nest, nest
 from renorm.pattern import Partition
 
 __all__ = [
     "Measured",
     "apply",
+    "batch_norm_in_training",
+    "fit",
     "given",
     "measure",
     "moments_of",
@@ -28,10 +31,12 @@ __all__ = [
     "normalize",
     "status",
     "track",
+    "tracks",
     "usable",
 ]
 
 _INTERFACE = 1  # of csrc/module.cpp
+_PARALLEL = 32768  # entries from which on a second thread may help; csrc/driver.h has the last word
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -83,20 +88,47 @@ def status() -> str:
 
 def usable(x: Tensor) -> bool:
     """Whether a raw pointer to `x` may be taken here: a plain CPU tensor in eager mode that nothing looks through."""
+    return why_not(x) is None
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason against it."""
+    if _MODULE is None:
+        return _MISSING
+    if torch.compiler.is_compiling():
+        return "a graph is being traced"
     kind = type(x)
-    return (
-        _MODULE is not None
-        and (kind is Tensor or kind is torch.nn.Parameter)
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not x.is_conj()
-        and not x.is_neg()
-        and torch._C._get_tracing_state() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        return f"the input is a {kind.__name__}"
+    if not x.is_cpu:
+        return f"the input is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"the input is {x.dtype}"
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or x.is_neg()
+    ):
+        return "a transform, a mode or a tracer looks at every operation"
+    return None
+
+
+def fit(
+    x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
+) -> Nest | str:
+    """The nest for this call, or the reason why the native kernels cannot run it."""
+    reason = why_not(x)
+    if reason is not None:
+        return reason
+    parameter = weight if weight is not None else bias
+    if parameter is not None:
+        if parameter.dtype not in _DTYPES or not parameter.is_cpu:
+            return f"the parameters are {parameter.dtype} on {parameter.device.type}"
+        if bias is not None and bias.dtype != parameter.dtype:
+            return "weight and bias differ in dtype"
+    return nest(part, x.shape, x.stride(), None if mask is None else mask.stride())
 
 
 def _lying(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -104,6 +136,10 @@ def _lying(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     if x.stride() == strides:
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
+def _empty(x: Tensor, made: Nest) -> Tensor:
+    return torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype)
 
 
 def _address(x: Tensor | None) -> int:
@@ -161,7 +197,7 @@ def _forward(
     affine: Tensor | None = None,
     only_measure: bool = False,
 ) -> Tensor | None:
-    y = None if only_measure else torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype)
+    y = None if only_measure else _empty(x, made)
     parameter = weight if weight is not None else bias
     _MODULE.forward(  # type: ignore[union-attr]
         made.packed,
@@ -204,7 +240,7 @@ def _backward(
     affine_gradient: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that are wanted, the parameters' in the kernel's order."""
-    dx = torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype) if wants[0] else None
+    dx = _empty(x, made) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     parameter = weight if weight is not None else bias
@@ -256,12 +292,9 @@ class _Normalize(torch.autograd.Function):
         about_zero: bool,
         stats: Tensor,
     ) -> Tensor:
-        laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
-        y = _forward(laid, made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask)
         ctx.save_for_backward(x, weight, bias, mask)
         ctx.rest = part, made, eps, about_zero, stats
-        assert y is not None
-        return y
+        return _normalized(x, made, part, weight, bias, eps, about_zero, mask, stats)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
@@ -273,13 +306,61 @@ class _Normalize(torch.autograd.Function):
             affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
             y = reference.apply(x, part, affine, weight, bias, mask=mask)
             return *_gradients(y, dy, (x, weight, bias), wants), None, None, None, None, None, None
-        laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
         dx, dw, db = _backward(
-            laid, _lying(dy, made.y_strides), made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask, wants=wants
+            _lying(x, made.x_strides),
+            _lying(dy, made.y_strides),
+            made,
+            stats,
+            w,
+            b,
+            eps=eps,
+            about_zero=about_zero,
+            mask=mask,
+            wants=wants,
         )
-        dw = None if dw is None else _from_kernel(dw, weight, made, part)
-        db = None if db is None else _from_kernel(db, bias, made, part)
+        if not made.in_order:
+            dw = None if dw is None else _from_kernel(dw, weight, made, part)
+            db = None if db is None else _from_kernel(db, bias, made, part)
         return dx, dw, db, None, None, None, None, None, None
+
+
+def _normalized(
+    x: Tensor,
+    made: Nest,
+    part: Partition,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    about_zero: bool,
+    mask: Tensor | None,
+    stats: Tensor | None,
+) -> Tensor:
+    x, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+    # Asking torch for its threads costs more than a small tensor needs.
+    threads = torch.get_num_threads() if made.entries >= _PARALLEL else 1
+    y = torch.empty_like(x) if made.y_strides == made.x_strides else _empty(x, made)
+    _MODULE.forward(  # type: ignore[union-attr]
+        made.packed,
+        _DTYPES[x.dtype],
+        0 if w is None else _DTYPES[w.dtype],
+        threads,
+        about_zero,
+        0,
+        0.0,
+        eps,
+        x.data_ptr(),
+        0,
+        0,
+        y.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if w is None else w.data_ptr(),
+        0 if b is None else b.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
+        False,
+        0,
+    )
+    return y
 
 
 def _gradients(
@@ -305,20 +386,25 @@ def normalize(
     *,
     about_zero: bool = False,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Measure, standardize and recover in one call; and the statistics, (4, sets)."""
-    stats = _new_stats(made)
-    mask = _mask_for(mask, made)
-    if torch.is_grad_enabled() and (
+    wants_stats: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Measure, standardize and recover in one call; and the statistics, (4, sets), where they are wanted."""
+    if mask is not None:
+        mask = _mask_for(mask, made)
+    if learns(x, weight, bias):
+        stats = _new_stats(made)
+        return _Normalize.apply(x, weight, bias, mask, part, made, eps, about_zero, stats), stats
+    found = _new_stats(made) if wants_stats else None
+    return _normalized(x, made, part, weight, bias, eps, about_zero, mask, found), found
+
+
+def learns(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
-    ):
-        y = _Normalize.apply(x, weight, bias, mask, part, made, eps, about_zero, stats)
-        return y, stats
-    laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
-    y = _forward(laid, made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask)
-    return y, stats
+    )
 
 
 def moments_of(stats: Tensor, part: Partition, made: Nest) -> Moments:
@@ -499,10 +585,22 @@ def measure(
     return Moments(count, mean, var, part.names), Measured(made, mask, stats, mean, upstream)
 
 
-def given(x: Tensor, moments: Moments, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
-    """The same for statistics that do not come from `x`."""
-    stats = _stats_to_kernel([moments.mean, moments.var, *[torch.ones((), dtype=torch.float64)] * 2], made, part)
+def given(mean: Tensor, var: Tensor, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
+    """The same for statistics that do not come from the input."""
+    one = torch.ones((), dtype=torch.float64)
+    with torch.no_grad():
+        stats = _stats_to_kernel([mean, var, one, one], made, part)
     return Measured(made, _mask_for(mask, made), stats, None, None)
+
+
+def tracks(running: tuple[Tensor, Tensor], num_batches_tracked: Tensor | None) -> bool:
+    """Whether `track` and `batch_norm_in_training` can move these."""
+    return (
+        running[0].dtype == running[1].dtype
+        and running[0].dtype in (torch.float32, torch.float64)
+        and all(why_not(t) is None and t.is_contiguous() for t in running)
+        and (num_batches_tracked is None or num_batches_tracked.is_cpu)
+    )
 
 
 def apply(
@@ -546,7 +644,10 @@ def track(
     *,
     unbiased: bool,
 ) -> None:
-    """Move running statistics, one for each set and in the sets' order, as `running.update` does."""
+    """Move running statistics, one for each set and in the sets' order, as `running.update` does.
+
+    As in torch's batch norm, autograd does not learn of it: two forward passes may precede their backward passes.
+    """
     mean, var = running
     _MODULE.track(  # type: ignore[union-attr]
         _DTYPES[mean.dtype],
@@ -558,7 +659,23 @@ def track(
         var.data_ptr(),
         _address(num_batches_tracked),
     )
-    # What was saved for a backward pass must not have changed since: autograd looks at the versions.
-    for changed in (mean, var, num_batches_tracked):
-        if changed is not None:
-            torch.autograd.graph.increment_version(changed)
+
+
+def batch_norm_in_training(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor],
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Torch's own batch norm, which moves `running` itself; put back where the batch was not finite. See `tracks`."""
+    mean, var = running
+    where = _DTYPES[mean.dtype], mean.numel(), mean.data_ptr(), var.data_ptr()
+    if momentum is None:
+        momentum = 1.0 / (int(num_batches_tracked) + 1)  # type: ignore[arg-type]
+    _MODULE.guard(*where)  # type: ignore[union-attr]
+    y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, True)
+    _MODULE.settle(*where, _address(num_batches_tracked))  # type: ignore[union-attr]
+    return y

@@ -32,6 +32,7 @@ class Nest:
     x_strides: tuple[int, ...]  # that the input must have
     mask_strides: tuple[int, ...] | None  # that the mask must have
     y_strides: tuple[int, ...]  # of the output and of gradients: dense, in the order of the input's
+    entries: int
     sets: int  # how many groups of entries share statistics
     cells: int
     kept: tuple[int, ...]  # kept axes of the split view, in the order of the statistics
@@ -114,6 +115,8 @@ def _nest(
     steps = [[loop.strides[operand] for loop in (r0, k1, *padded)] for operand in range(3)]
     row = r1.size > 1 or k1.size == 1
     inner_loop = r1 if row else k1
+    if not row and k1.size % merge:
+        return "the sets reach beyond the innermost loop"
     if inner_loop.strides[_MASK] not in (0, 1):
         return "the mask is not contiguous"
     numbers = [*sizes, *(loop.size for loop in padded), *sum(steps, []), inner_loop.strides[_MASK]]
@@ -126,6 +129,7 @@ def _nest(
         x_strides=strides,
         mask_strides=mask_strides,
         y_strides=dense,
+        entries=math.prod(split),
         sets=num_cells // merge,
         cells=num_cells,
         kept=stat_order,

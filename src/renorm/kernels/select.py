@@ -21,20 +21,23 @@ import torch
 from torch import Tensor
 
 from renorm.errors import BackendError
-from renorm.kernels import aten, reference
+from renorm.kernels import aten, native, reference
 from renorm.kernels.moments import Affine, Moments
 from renorm.pattern import Partition
 from renorm.plan import Plan
 
 __all__ = ["BACKENDS", "choose", "explain", "normalize", "standardize"]
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "native")
+
+# Read once: what runs should not change while a program does.
+ENVIRONMENT = os.environ.get("RENORM_BACKEND", "auto")
 
 
 def resolve(backend: str) -> str:
-    """The backend asked for: the argument, else the environment's RENORM_BACKEND, else ``"auto"``."""
-    if backend == "auto" and not torch.compiler.is_compiling():
-        backend = os.environ.get("RENORM_BACKEND", "auto")
+    """The backend asked for: the argument, else the environment's RENORM_BACKEND at import, else ``"auto"``."""
+    if backend == "auto":
+        backend = ENVIRONMENT
     if backend not in BACKENDS:
         raise BackendError(f"a backend is one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
@@ -42,6 +45,7 @@ def resolve(backend: str) -> str:
 
 def choose(
     x: Tensor,
+    part: Partition,
     op: str | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -49,22 +53,53 @@ def choose(
     about_zero: bool = False,
     mask: Tensor | None = None,
     obstacle: str | None = None,
+    fixed: bool = False,
     backend: str = "auto",
 ) -> str:
-    """The name of the kernel that will run: ``"reference"`` or ``"torch.<function>"``.
+    """The name of the kernel that will run: ``"native"``, ``"torch.<function>"`` or ``"reference"``.
 
     `op` is what `aten.recognize` said of the partition, `obstacle` a reason of the layer's own against torch's
-    kernels. Raises BackendError where `backend` is ``"torch"`` and torch has no kernel for this.
+    kernels, `fixed` whether the statistics are given. Raises BackendError where `backend` names one that cannot run this.
     """
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
-    reason = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
-    if reason is None:
-        return "torch.rms_norm" if about_zero else f"torch.{op}"
+    torch_obstacle = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
+    by_torch = "torch.rms_norm" if about_zero else f"torch.{op}"
     if backend == "torch":
-        raise BackendError(f"backend='torch' cannot run here: {reason}; write backend='auto' or 'reference'")
-    return "reference"
+        if torch_obstacle is None:
+            return by_torch
+        raise BackendError(f"backend='torch' cannot run here: {torch_obstacle}; write backend='auto' or 'reference'")
+    if backend == "auto" and torch_obstacle is None and (
+        fixed or x.numel() < faster_from(x, by_torch, weight, bias)
+    ):
+        return by_torch
+    found = native.fit(x, part, weight, bias, mask)
+    if not isinstance(found, str):
+        return "native"
+    if backend == "native":
+        raise BackendError(f"backend='native' cannot run here: {found}; write backend='auto' or 'reference'")
+    return by_torch if torch_obstacle is None else "reference"
+
+
+# From how many entries on the native kernels are faster than torch's: forward alone, and with gradients. Rows
+# "small ..." of benchmarks/results/kernels.csv.
+_FASTER_FROM = {
+    "torch.rms_norm": (0, 0),
+    "torch.layer_norm": (65_536, 400_000),
+    "torch.group_norm": (150_000, 500_000),
+    "torch.batch_norm": (16_384, 400_000),
+}
+
+
+def faster_from(x: Tensor, by_torch: str, weight: Tensor | None, bias: Tensor | None) -> int:
+    """From how many entries on the native kernels are faster than this one of torch."""
+    learns = native.learns(x, weight, bias)
+    if by_torch == "torch.group_norm" and not x.is_contiguous():
+        return 0  # torch's needs a copy there and one back
+    if by_torch == "torch.batch_norm" and x.is_contiguous() and x.dim() > 2:
+        return 40_000 if learns else 8_192  # torch's own is slow where channels are not last
+    return _FASTER_FROM[by_torch][learns]
 
 
 def _why_not_torch(
@@ -114,6 +149,11 @@ def normalize(
         return aten.group_norm(x, part, weight, bias, eps), None
     if kernel == "torch.batch_norm":
         return aten.batch_norm(x, part, weight, bias, eps)
+    if kernel == "native":
+        made = native.fit(x, part, weight, bias, mask)
+        assert not isinstance(made, str)
+        y, stats = native.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
+        return y, native.moments_of(stats, part, made)
     moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
     affine = standardize(moments, eps, about_zero=about_zero)
     return reference.apply(x, part, affine, weight, bias, mask=mask), moments

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import PatternError, ShapeError
-from renorm.kernels import aten, reference, select
+from renorm.kernels import aten, native, reference, select
 from renorm.kernels.moments import Affine, Moments
+from renorm.kernels.nest import Nest
 from renorm.norms import running as running_statistics
 from renorm.pattern import Partition, Pattern, parse, partition
 from renorm.plan import Plan, plan
 
 __all__ = ["Norm"]
+
+_MAX_WAYS = 64  # remembered by a layer: shapes, mostly
 
 OneValue = Literal["raise", "running", "allow"]
 
@@ -30,6 +33,18 @@ class _Bound:
     op: str | None  # torch's kernel for the partition, see aten.recognize
     running: tuple[int, ...]  # axes of the split view along which running statistics are kept
     channels_second: bool  # those are dimension 1, whole, and the parameters run along it: F.batch_norm serves
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a layer runs on inputs of one shape, strides and dtype: found out once."""
+
+    kernel: str
+    bound: _Bound
+    eps: float
+    made: Nest | None = None  # for the native kernels
+    direct: aten.Direct | None = None  # torch's function on the input as it is; neither: the general way
+    running: tuple[Tensor, Tensor] | None = None  # statistics that torch's batch norm may move itself
 
 
 class Norm(nn.Module):
@@ -52,7 +67,8 @@ class Norm(nn.Module):
         unbiased: whether the running variance is divided by n - 1, as torch does, or n, as Keras does.
         one_value: a set of one entry has no variance. ``"raise"`` refuses it (the default with running
             statistics), ``"running"`` uses the running statistics for this batch, ``"allow"`` gives `bias`.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it is auto.
+        backend: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it
+            is auto.
         sizes: of the axes, by name. Weighted and running axes need theirs; one part of a split may be open.
 
     Shapes: input and output (any that fits the pattern), weight and bias (the weighted axes' sizes, those of one
@@ -159,6 +175,7 @@ class Norm(nn.Module):
         self._plain = type(self).solve is Norm.solve
         self._kernel = ""  # that ran last, for repr
         self._bounds: dict[int, _Bound] = {}
+        self._ways: dict[Any, _Way] = {}
         # Bound ahead of the first call, so that a compiler meets finished plans only.
         if isinstance(pattern, str):
             least = parse(pattern).least_rank
@@ -177,6 +194,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
+        if mask is None and self._plain and not torch.compiler.is_compiling():
+            y = self._quickly(x)
+            if y is not None:
+                return y
         bound = self._bound(x)
         part = bound.part
         if mask is not None:
@@ -187,9 +208,16 @@ class Norm(nn.Module):
         kernel = self._choose(x, bound, mask)
         self._remember(kernel)
         if not self._plain:
-            moments = reference.measure(x, part, mask=mask, about_zero=not self.center)
-            return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
+            return self._solved(x, part, kernel, mask)
         running = self._running()
+        if kernel == "native":
+            made = native.fit(x, part, weight, bias, mask)
+            assert not isinstance(made, str)
+            y, stats = native.normalize(x, part, made, weight, bias, eps, about_zero=not self.center, mask=mask)
+            if running is not None:
+                assert stats is not None
+                self._track_natively(stats, made, bound)
+            return y
         # In the common case torch's batch norm moves the running statistics as this layer would.
         by_torch = kernel == "torch.batch_norm" and self.unbiased and bound.running == part.kept
         if running is None:
@@ -203,6 +231,92 @@ class Norm(nn.Module):
             assert batch is not None
             self._track(running, batch, bound)
         return y
+
+    def _quickly(self, x: Tensor) -> Tensor | None:
+        """The same for a shape that has been seen before, where nothing needs to be worked out; None otherwise."""
+        parameters, buffers = self._parameters, self._buffers  # attributes of a module cost a microsecond
+        if "weight" not in parameters or "bias" not in parameters:  # parametrized
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean = buffers["running_mean"]
+        fixed = mean is not None and not (self.training and not self.frozen)
+        learns = native.learns(x, weight, bias)
+        key = (x.shape, x.stride(), x.dtype, x.is_cpu, learns, fixed, None if weight is None else weight.dtype, self.eps)
+        way = self._ways.get(key)
+        if way is None:
+            if len(self._ways) == _MAX_WAYS:
+                self._ways.clear()
+            way = self._ways[key] = self._way(x, fixed)
+        y: Tensor
+        stats = None
+        if fixed:
+            if way.direct is None:
+                return None
+            y = torch.batch_norm(x, weight, bias, mean, buffers["running_var"], False, 0.0, way.eps, True)
+        elif way.made is not None:
+            if native.why_not(x) is not None:
+                return None
+            tracked = mean is not None and self.track_running_stats
+            y, stats = native.normalize(
+                x, way.bound.part, way.made, weight, bias, way.eps, about_zero=not self.center, wants_stats=tracked
+            )
+            if tracked:
+                assert stats is not None
+                self._track_natively(stats, way.made, way.bound)
+        elif way.direct is None:
+            return None
+        elif mean is None or not self.track_running_stats or running_statistics.recomputing():
+            y = way.direct(x, weight, bias, way.eps)
+        elif way.running is not None and way.running[0] is mean:
+            batches = buffers["num_batches_tracked"]
+            y = native.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
+        else:
+            return None
+        self._remember(way.kernel)
+        return y
+
+    def _way(self, x: Tensor, fixed: bool) -> _Way:
+        bound = self._bound(x)
+        part, eps = bound.part, self._eps(x)
+        general = _Way("", bound, eps)
+        if fixed:
+            kernel = self._choose_fixed(x, bound, None)
+            as_it_is = kernel == "torch.batch_norm"
+            return _Way(kernel, bound, eps, direct=aten.direct(x, part, "batch_norm", None, None)) if as_it_is else general
+        if self._uses_running(part, x):
+            return general
+        kernel = self._choose(x, bound, None)
+        if kernel == "native":
+            made = native.fit(x, part, self.weight, self.bias)
+            return general if isinstance(made, str) else _Way(kernel, bound, eps, made=made)
+        if not kernel.startswith("torch.") or kernel == "torch.rms_norm":
+            return general
+        direct = aten.direct(x, part, kernel.removeprefix("torch."), self.weight, self.bias)
+        running, batches = self._running(), self.num_batches_tracked
+        moves = running is not None and native.tracks(running, batches) and self.unbiased and bound.running == part.kept
+        moves = moves and (self.momentum is not None or batches is not None)
+        return _Way(kernel, bound, eps, direct=direct, running=running if moves else None)
+
+    def _track_natively(self, stats: Tensor, made: Nest, bound: _Bound) -> None:
+        """Move the running statistics towards those that a native kernel measured."""
+        running, batches = self._running(), self.num_batches_tracked
+        assert running is not None
+        one_each = bound.running == bound.part.kept and made.in_order
+        if one_each and (batches is not None or self.momentum is not None) and native.tracks(running, batches):
+            if not running_statistics.recomputing():
+                native.track(stats, running, batches, self.momentum, unbiased=self.unbiased)
+        else:
+            self._track(running, native.moments_of(stats, bound.part, made), bound)
+
+    def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None) -> Tensor:
+        weight, bias, about_zero = self.weight, self.bias, not self.center
+        if kernel == "native":
+            made = native.fit(x, part, weight, bias, mask)
+            assert not isinstance(made, str)
+            moments, measured = native.measure(x, part, made, mask=mask, about_zero=about_zero)
+            return native.apply(x, part, measured, self.solve(moments), weight, bias, about_zero=about_zero)
+        moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
+        return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
 
     def solve(self, moments: Moments) -> Affine:
         """From the moments of each set to the scale, center and shift that are applied to it.
@@ -241,6 +355,9 @@ class Norm(nn.Module):
     def plan(self, x: Tensor) -> Plan:
         """The loops over x's memory that measure and apply come down to."""
         return plan(self._bound(x).part, x.shape, x.stride())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ways": {}}  # found out again by a copy
 
     def extra_repr(self) -> str:
         """The pattern, what is particular to this layer, and the kernel that ran last."""
@@ -301,6 +418,7 @@ class Norm(nn.Module):
     def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
         return select.choose(
             x,
+            bound.part,
             bound.op,
             self.weight,
             self.bias,
@@ -327,7 +445,7 @@ class Norm(nn.Module):
     def _choose_fixed(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
         """The kernel that normalizes by running statistics."""
         op = "batch_norm" if bound.channels_second and self.center and x.dim() >= 2 else None
-        return select.choose(x, op, self.weight, self.bias, mask=mask, backend=self.backend)
+        return select.choose(x, bound.part, op, self.weight, self.bias, mask=mask, fixed=True, backend=self.backend)
 
     def _remember(self, kernel: str) -> None:
         if not torch.compiler.is_compiling():
@@ -342,6 +460,11 @@ class Norm(nn.Module):
             return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
         mean, var = self._running_moments(bound, x.dtype)
         affine = Affine(torch.rsqrt(var + self._eps(x)), mean if self.center else None)
+        if kernel == "native":
+            made = native.fit(x, bound.part, self.weight, self.bias, mask)
+            assert not isinstance(made, str)
+            measured = native.given(mean, var, bound.part, made, mask)
+            return native.apply(x, bound.part, measured, affine, self.weight, self.bias)
         return reference.apply(x, bound.part, affine, self.weight, self.bias, mask=mask)
 
     def _running_moments(self, bound: _Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
