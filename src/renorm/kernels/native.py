@@ -6,6 +6,7 @@ saves the input and the small statistics; a second derivative goes through the r
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -44,14 +45,17 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 def _load() -> tuple[ModuleType | None, str]:
     try:
         # After torch, whose OpenMP pool it shares: two pools in one process wait for each other's cores.
-        from renorm.kernels import _native  # type: ignore[attr-defined]
+        module = importlib.import_module("renorm.kernels._native")
+    except ModuleNotFoundError:
+        return None, (
+            "renorm was installed without them, because no C++ compiler was found or RENORM_NATIVE was 0; "
+            "RENORM_NATIVE=1 pip install ... says what is missing"
+        )
     except ImportError as error:
-        if "_native" in str(error) and "cannot import name" in str(error):
-            return None, "renorm was installed without them: no C++ compiler was found, or RENORM_NATIVE=0"
         return None, f"they cannot be loaded: {error}"
-    if _native.interface != _INTERFACE:
+    if module.interface != _INTERFACE:
         return None, "they were built from other sources: install renorm again"
-    return _native, ""
+    return module, ""
 
 
 _MODULE, _MISSING = _load()

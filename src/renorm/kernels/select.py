@@ -71,7 +71,7 @@ def choose(
             return by_torch
         raise BackendError(f"backend='torch' cannot run here: {torch_obstacle}; write backend='auto' or 'reference'")
     if backend == "auto" and torch_obstacle is None and (
-        fixed or x.numel() < faster_from(x, by_torch, weight, bias)
+        fixed or native.why_not(x) is not None or x.numel() < faster_from(x, by_torch, weight, bias)
     ):
         return by_torch
     found = native.fit(x, part, weight, bias, mask)

@@ -265,9 +265,9 @@ class Norm(nn.Module):
                 self._track_natively(stats, way.made, way.bound)
         elif way.direct is None:
             return None
-        elif mean is None or not self.track_running_stats or running_statistics.recomputing():
+        elif mean is None or not self.track_running_stats:
             y = way.direct(x, weight, bias, way.eps)
-        elif way.running is not None and way.running[0] is mean:
+        elif way.running is not None and way.running[0] is mean and not running_statistics.recomputing():
             batches = buffers["num_batches_tracked"]
             y = native.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
         else:
@@ -348,6 +348,8 @@ class Norm(nn.Module):
     def kernel(self, x: Tensor, mask: Tensor | None = None) -> str:
         """The name of the kernel that runs for this input, in the mode the layer is in."""
         bound = self._bound(x)
+        if mask is not None:
+            mask = _expand(mask, x)
         if self._plain and self._uses_running(bound.part, x):
             return self._choose_fixed(x, bound, mask)
         return self._choose(x, bound, mask)
