@@ -412,3 +412,48 @@ def test_onnx_runtime_computes_what_we_do(layer):
     other = torch.randn(5, 6, 5, 7)
     (result,) = session.run(None, {session.get_inputs()[0].name: np.asarray(other)})
     close(torch.from_numpy(result), layer(other), 1e-5)
+
+
+@pytest.mark.skipif(OWN == "reference", reason="no native kernels here")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda **o: rn.BatchNorm2d(6, **o), (9, 6, 5, 7)),
+        (lambda **o: rn.InstanceNorm2d(6, affine=True, track_running_stats=True, **o), (9, 6, 5, 7)),
+        (lambda **o: rn.LayerNorm(7, bias=False, **o), (5, 7)),
+        (lambda **o: rn.RMSNorm(7, **o), (5, 7)),
+        (lambda **o: rn.Norm("n [c] ...", c=6, **o), (4, 6, 5, 7)),
+        (lambda **o: rn.Norm("(k [b]) c ...", b=2, weight=None, running=None, **o), (4, 6, 5, 7)),
+    ],
+)
+def test_a_traced_graph_runs_the_native_kernels(make, shape, dtype, masked):
+    """One graph, the operator in it, and values, gradients and running statistics those of the eager reference."""
+    torch._dynamo.reset()
+    seen = []
+
+    def look(module, inputs):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    layers = [make(dtype=dtype, backend=backend) for backend in ("native", "reference")]
+    compiled = torch.compile(layers[0], fullgraph=True, backend=look)
+    both = torch.compile(copy.deepcopy(layers[0]), fullgraph=True, backend="aot_eager")
+    mask = torch.rand(shape) > 0.3 if masked else None
+    x = torch.randn(shape).to(dtype)
+    compiled(x, mask)
+    assert any("renorm" in target for target in seen)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    y, z = both(a, mask), layers[1](b, mask)
+    tolerance = 4 * torch.finfo(dtype).eps * max(1.0, z.abs().max().item())
+    close(y, z, tolerance)
+    upstream = torch.randn(shape).to(dtype)
+    for one, other in zip(
+        torch.autograd.grad(y, [a, *both.parameters()], upstream),
+        torch.autograd.grad(z, [b, *layers[1].parameters()], upstream),
+        strict=True,
+    ):
+        close(one, other, 8 * torch.finfo(dtype).eps * max(1.0, other.abs().max().item()))
+    for one, other in zip(both.buffers(), layers[1].buffers(), strict=True):
+        close(one, other, 1e-2 if dtype == torch.bfloat16 else 1e-6)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from renorm.errors import ShapeError
 from renorm.kernels import reference
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest, nest
@@ -26,12 +27,16 @@ __all__ = [
     "batch_norm_in_training",
     "fit",
     "given",
+    "gradients",
     "measure",
     "moments_of",
     "native_module",
     "normalize",
+    "stats_to_kernel",
+    "stats_to_view",
     "status",
     "track",
+    "traceable",
     "tracks",
     "usable",
 ]
@@ -95,6 +100,11 @@ def usable(x: Tensor) -> bool:
     return why_not(x) is None
 
 
+def _plain(dy: Tensor) -> bool:
+    """Whether a gradient that comes is one: vmap over a backward pass, and `is_grads_batched`, hand in batches."""
+    return usable(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def why_not(x: Tensor) -> str | None:
     """The reason against it."""
     if _MODULE is None:
@@ -119,6 +129,11 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+def traceable(x: Tensor) -> bool:
+    """Whether the operators of graph.py may stand for the kernels in the graph that is being traced."""
+    return _MODULE is not None and not torch.compiler.is_exporting() and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
 def fit(
     x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
 ) -> Nest | str:
@@ -139,11 +154,13 @@ def _lying(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`x` itself where it has these strides, a copy that has them otherwise."""
     if x.stride() == strides:
         return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+    # A mask may be expanded: what lies in one place is written once.
+    once = x[tuple([slice(0, 1) if step == 0 else slice(None) for step in strides])] if 0 in strides else x
+    return torch.empty_strided(once.shape, strides, dtype=x.dtype, device=x.device).copy_(once).expand(x.shape)
 
 
 def _empty(x: Tensor, made: Nest) -> Tensor:
-    return torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype)
+    return torch.empty_strided(x.shape, made.y_strides, dtype=x.dtype, device=x.device)
 
 
 def _address(x: Tensor | None) -> int:
@@ -154,8 +171,15 @@ def _address(x: Tensor | None) -> int:
 
 
 def _to_kernel(parameter: Tensor | None, made: Nest, part: Partition) -> Tensor | None:
-    if parameter is None or (made.in_order and parameter.is_contiguous()):
-        return parameter
+    if parameter is None:
+        return None
+    if parameter.numel() != made.params:
+        raise ShapeError(
+            f"weight and bias must have {made.params} entries for this input; got shape {tuple(parameter.shape)}: "
+            "give them the sizes of the axes they run along"
+        )
+    if made.in_order:
+        return parameter.contiguous()
     canonical = parameter.detach().reshape([made.split[i] for i in part.weighted])
     return canonical.permute([part.weighted.index(i) for i in made.weighted]).contiguous()
 
@@ -167,7 +191,7 @@ def _from_kernel(parameter: Tensor, like: Tensor, made: Nest, part: Partition) -
     return parameter.reshape(like.shape)
 
 
-def _stats_to_view(stats: Tensor, made: Nest, part: Partition) -> Tensor:
+def stats_to_view(stats: Tensor, made: Nest, part: Partition) -> Tensor:
     """(rows, sets) in the kernel's order -> (rows, *split view with 1 on averaged axes)."""
     if not made.in_order:
         laid = stats.view([len(stats), *(made.split[i] for i in made.kept)])
@@ -175,7 +199,7 @@ def _stats_to_view(stats: Tensor, made: Nest, part: Partition) -> Tensor:
     return stats.reshape(len(stats), *made.stat_shape)
 
 
-def _stats_to_kernel(rows: list[Tensor], made: Nest, part: Partition) -> Tensor:
+def stats_to_kernel(rows: list[Tensor], made: Nest, part: Partition) -> Tensor:
     """Tensors of the split view with 1 on averaged axes -> (rows, sets) in the kernel's order, contiguous."""
     stats = torch.stack([row.expand(made.stat_shape).to(torch.float64) for row in rows])
     if not made.in_order:
@@ -276,7 +300,7 @@ def _backward(
 
 
 def _new_stats(made: Nest) -> Tensor:
-    return torch.empty((4, made.sets), dtype=torch.float64)
+    return torch.empty((4, made.sets), dtype=torch.float64, device="cpu")
 
 
 # ---- the norm in one call
@@ -305,28 +329,47 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, mask = ctx.saved_tensors
         part, made, eps, about_zero, stats = ctx.rest
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
-            affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
-            y = reference.apply(x, part, affine, weight, bias, mask=mask)
+        if torch.is_grad_enabled() or not _plain(dy):  # the gradient is to be differentiated again, or is a batch
+            with torch.enable_grad():
+                x, weight, bias = _apart(x, weight, bias)
+                moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
+                affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
+                y = reference.apply(x, part, affine, weight, bias, mask=mask)
             return *_gradients(y, dy, (x, weight, bias), wants), None, None, None, None, None, None
-        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
-        dx, dw, db = _backward(
-            _lying(x, made.x_strides),
-            _lying(dy, made.y_strides),
-            made,
-            stats,
-            w,
-            b,
-            eps=eps,
-            about_zero=about_zero,
-            mask=mask,
-            wants=wants,
-        )
-        if not made.in_order:
-            dw = None if dw is None else _from_kernel(dw, weight, made, part)
-            db = None if db is None else _from_kernel(db, bias, made, part)
-        return dx, dw, db, None, None, None, None, None, None
+        found = gradients(x, dy, made, part, stats, weight, bias, eps, about_zero, mask, wants)
+        return *found, None, None, None, None, None, None
+
+
+def gradients(
+    x: Tensor,
+    dy: Tensor,
+    made: Nest,
+    part: Partition,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    about_zero: bool,
+    mask: Tensor | None,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, weight and bias that are wanted, from the statistics that `normalize` measured."""
+    dx, dw, db = _backward(
+        _lying(x, made.x_strides),
+        _lying(dy, made.y_strides),
+        made,
+        stats,
+        _to_kernel(weight, made, part),
+        _to_kernel(bias, made, part),
+        eps=eps,
+        about_zero=about_zero,
+        mask=mask if mask is None else _mask_for(mask, made),
+        wants=wants,
+    )
+    if not made.in_order:
+        dw = None if dw is None or weight is None else _from_kernel(dw, weight, made, part)
+        db = None if db is None or bias is None else _from_kernel(db, bias, made, part)
+    return dx, dw, db
 
 
 def _normalized(
@@ -341,13 +384,14 @@ def _normalized(
     stats: Tensor | None,
 ) -> Tensor:
     x, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+    parameter = w if w is not None else b
     # Asking torch for its threads costs more than a small tensor needs.
     threads = torch.get_num_threads() if made.entries >= _PARALLEL else 1
     y = torch.empty_like(x) if made.y_strides == made.x_strides else _empty(x, made)
     _MODULE.forward(  # type: ignore[union-attr]
         made.packed,
         _DTYPES[x.dtype],
-        0 if w is None else _DTYPES[w.dtype],
+        0 if parameter is None else _DTYPES[parameter.dtype],
         threads,
         about_zero,
         0,
@@ -367,12 +411,20 @@ def _normalized(
     return y
 
 
+def _apart(*inputs: Tensor | None) -> list[Any]:
+    """Aliases, so that a gradient by one of them leaves out the ways to it that lead through another.
+
+    A scale comes from x, weight and bias may be one tensor.
+    """
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+
+
 def _gradients(
     y: Tensor, dy: Tensor, inputs: tuple[Tensor | None, ...], wants: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients of y by the wanted inputs, with a graph of their own."""
+    """Gradients of y by the wanted inputs, with a graph of their own where one is asked for."""
     wanted = [tensor for tensor, want in zip(inputs, wants, strict=True) if want and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if want and tensor is not None else None for tensor, want in zip(inputs, wants, strict=True)]
 
 
@@ -413,7 +465,7 @@ def learns(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
 def moments_of(stats: Tensor, part: Partition, made: Nest) -> Moments:
     """What `normalize` measured, as moments."""
-    mean, var, count = _stats_to_view(stats[:3], made, part)
+    mean, var, count = stats_to_view(stats[:3], made, part)
     return Moments(count, mean, var, part.names)
 
 
@@ -443,7 +495,7 @@ class _Measure(torch.autograd.Function):
         _forward(_lying(x, made.x_strides), made, stats, about_zero=about_zero, mask=mask, only_measure=True)
         ctx.save_for_backward(x, mask)
         ctx.rest = part, made, about_zero, stats, upstream
-        mean, var = _stats_to_view(stats[:2].clone(), made, part)
+        mean, var = stats_to_view(stats[:2].clone(), made, part)
         return mean, var
 
     @staticmethod
@@ -465,12 +517,12 @@ class _Measure(torch.autograd.Function):
             )
             return dx, None, None, None, None, None, None
         dy, weight, bias, affine = left
-        mean, var, count = _stats_to_view(stats[:3], made, part)
+        mean, var, count = stats_to_view(stats[:3], made, part)
         n = count.clamp(min=1)
         square = torch.where(count > 0, 2 * dvar / n, 0)
         pivot = mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32).to(torch.float64)
         constant = torch.where(count > 0, (0 if about_zero else dmean / n) - square * (mean - pivot), 0)
-        combine = _stats_to_kernel([square, constant], made, part)
+        combine = stats_to_kernel([square, constant], made, part)
         dx, _, _ = _backward(
             _lying(x, made.x_strides),
             dy,
@@ -479,7 +531,7 @@ class _Measure(torch.autograd.Function):
             weight,
             bias,
             about_zero=about_zero,
-            mask=mask,
+            mask=_mask_for(mask, made),
             affine=affine,
             combine=combine,
             wants=(True, False, False),
@@ -519,8 +571,10 @@ class _Apply(torch.autograd.Function):
         part, made, about_zero, stats, upstream, affine = ctx.rest
         needs = ctx.needs_input_grad
         zero = torch.zeros_like(mean) if needs[1] else None
-        if torch.is_grad_enabled():
-            y = reference.apply(x, part, Affine(scale, center, shift), weight, bias, mask=mask)
+        if torch.is_grad_enabled() or not _plain(dy):
+            with torch.enable_grad():
+                x, scale, center, shift, weight, bias = _apart(x, scale, center, shift, weight, bias)
+                y = reference.apply(x, part, Affine(scale, center, shift), weight, bias, mask=mask)
             wants = (needs[0], *needs[2:7])
             dx, *rest = _gradients(y, dy, (x, scale, center, shift, weight, bias), wants)
             return dx, zero, *rest, None, None, None, None, None, None
@@ -535,7 +589,7 @@ class _Apply(torch.autograd.Function):
             w,
             b,
             about_zero=about_zero,
-            mask=mask,
+            mask=_mask_for(mask, made),
             fixed=True,
             affine=affine,
             wants=(needs[0] and upstream is None, needs[5], needs[6]),
@@ -545,7 +599,7 @@ class _Apply(torch.autograd.Function):
             upstream.task, upstream.left = torch._C._current_graph_task_id(), (dy, w, b, affine)
         dw = None if dw is None else _from_kernel(dw, weight, made, part)
         db = None if db is None else _from_kernel(db, bias, made, part)
-        dscale, dcenter, dshift = _stats_to_view(daffine[:3], made, part)
+        dscale, dcenter, dshift = stats_to_view(daffine[:3], made, part)
         return (
             dx,
             zero,
@@ -563,7 +617,7 @@ def _affine_to_kernel(
 ) -> Tensor:
     zero = scale.new_zeros(()) if center is None or shift is None else scale
     rows = [scale, zero if center is None else center, zero if shift is None else shift]
-    return _stats_to_kernel(rows, made, part)
+    return stats_to_kernel(rows, made, part)
 
 
 @dataclass(frozen=True)
@@ -585,15 +639,15 @@ def measure(
     mask = _mask_for(mask, made)
     mean, var = _Measure.apply(x, mask, part, made, about_zero, stats, upstream)
     count = stats[2:3] if mask is not None else stats[2:3, :1]
-    count = _stats_to_view(count, made, part)[0] if mask is not None else count.view([1] * len(made.split))
+    count = stats_to_view(count, made, part)[0] if mask is not None else count.view([1] * len(made.split))
     return Moments(count, mean, var, part.names), Measured(made, mask, stats, mean, upstream)
 
 
 def given(mean: Tensor, var: Tensor, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
     """The same for statistics that do not come from the input."""
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        stats = _stats_to_kernel([mean, var, one, one], made, part)
+        stats = stats_to_kernel([mean, var, one, one], made, part)
     return Measured(made, _mask_for(mask, made), stats, None, None)
 
 

@@ -35,6 +35,7 @@ class Nest:
     entries: int
     sets: int  # how many groups of entries share statistics
     cells: int
+    params: int  # entries of weight and of bias
     kept: tuple[int, ...]  # kept axes of the split view, in the order of the statistics
     weighted: tuple[int, ...]  # weighted axes of the split view, in the order of the kernel's parameters
     split: tuple[int, ...]  # shape of the split view
@@ -132,6 +133,7 @@ def _nest(
         entries=math.prod(split),
         sets=num_cells // merge,
         cells=num_cells,
+        params=params,
         kept=stat_order,
         weighted=param_order,
         split=split,

@@ -64,6 +64,9 @@ def choose(
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
+    if backend != "torch" and torch.compiler.is_compiling() and native.traceable(x) and obstacle != OWN_SOLVE:
+        if backend == "native" or x.numel() >= _TRACED_FROM:
+            return "native"
     torch_obstacle = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
     by_torch = "torch.rms_norm" if about_zero else f"torch.{op}"
     if backend == "torch":
@@ -81,6 +84,11 @@ def choose(
         raise BackendError(f"backend='native' cannot run here: {found}; write backend='auto' or 'reference'")
     return by_torch if torch_obstacle is None else "reference"
 
+
+OWN_SOLVE = "torch has no kernel for a solve of its own"
+
+# In a traced graph an operator costs some 50 us, and a compiler fuses small norms with their neighbours.
+_TRACED_FROM = 262_144
 
 # From how many entries on the native kernels are faster than torch's: forward alone, and with gradients. Rows
 # "small ..." of benchmarks/results/kernels.csv.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import PatternError, ShapeError
-from renorm.kernels import aten, native, reference, select
+from renorm.kernels import aten, graph, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest
 from renorm.norms import running as running_statistics
@@ -30,6 +30,7 @@ class _Bound:
     """The pattern at one rank, with what can be known of it before a tensor comes."""
 
     part: Partition
+    text: str  # the partition as an argument of operators
     op: str | None  # torch's kernel for the partition, see aten.recognize
     running: tuple[int, ...]  # axes of the split view along which running statistics are kept
     channels_second: bool  # those are dimension 1, whole, and the parameters run along it: F.batch_norm serves
@@ -190,7 +191,7 @@ class Norm(nn.Module):
         along = tuple(i for i, name in enumerate(part.names) if name in self._running_axes)
         whole = tuple(i for i, dim in enumerate(part.dims) if dim == 1)
         channels_second = along == whole and part.weighted in ((), whole)
-        return _Bound(part, aten.recognize(part), along, channels_second)
+        return _Bound(part, graph.to_text(part), aten.recognize(part), along, channels_second)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
@@ -210,6 +211,11 @@ class Norm(nn.Module):
         if not self._plain:
             return self._solved(x, part, kernel, mask)
         running = self._running()
+        if kernel == "native" and torch.compiler.is_compiling():
+            y, batch = graph.normalize(x, part, bound.text, weight, bias, eps, about_zero=not self.center, mask=mask)
+            if running is not None:
+                self._track(running, batch, bound)
+            return y
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
             assert not isinstance(made, str)
@@ -433,7 +439,7 @@ class Norm(nn.Module):
     def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
         """What in this layer keeps torch's kernels from computing it."""
         if not self._plain:
-            return "torch has no kernel for a solve of its own"
+            return select.OWN_SOLVE
         if bound.op != "batch_norm" and self._running() is not None:
             return "torch's kernel does not hand out the moments that running statistics need"
         if bound.op in ("batch_norm", "group_norm") and self._set_size(bound.part, x) == 1:

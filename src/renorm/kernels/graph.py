@@ -1,0 +1,145 @@
+"""The native kernels as operators of a traced graph: what `torch.compile` sees in place of raw pointers.
+
+Functional, with shapes for tracing and a backward that is an operator too. The partition travels as text, so that
+a graph can be stored and run by another process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renorm.kernels import native, reference
+from renorm.kernels.moments import Affine, Moments
+from renorm.kernels.nest import Nest
+from renorm.pattern import Partition, partition
+
+__all__ = ["normalize", "to_text"]
+
+
+def to_text(part: Partition) -> str:
+    """The partition as an argument of the operators."""
+    sizes = {name: size for name, size in zip(part.names, part.sizes, strict=True) if size is not None}
+    return json.dumps([part.pattern.text, part.rank, sizes, [part.names[i] for i in part.weighted]])
+
+
+@lru_cache(maxsize=1024)
+def _from_text(text: str) -> Partition:
+    pattern, rank, sizes, weighted = json.loads(text)
+    return partition(pattern, rank, sizes, tuple(weighted))
+
+
+def _stat_shape(x: Tensor, part: Partition) -> list[int]:
+    split = part.view(x).shape
+    return [split[i] if i in part.kept else 1 for i in range(len(split))]
+
+
+@torch.library.custom_op("renorm::normalize", mutates_args=())
+def _normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, part: str, eps: float, about_zero: bool
+) -> tuple[Tensor, Tensor]:
+    read = _from_text(part)
+    made = native.fit(x, read, weight, bias, mask)
+    if isinstance(made, str):
+        moments = reference.measure(x, read, mask=mask, about_zero=about_zero)
+        scale = torch.rsqrt(moments.var + eps)
+        y = reference.apply(x, read, Affine(scale, None if about_zero else moments.mean), weight, bias, mask=mask)
+        rows = (moments.mean, moments.var, moments.count.expand(moments.mean.shape), scale)
+        return _like(y, x), torch.stack(rows).to(torch.float64)
+    y, stats = native.normalize(x, read, made, weight, bias, eps, about_zero=about_zero, mask=mask)
+    assert stats is not None
+    return _like(y, x), native.stats_to_view(stats, made, read).contiguous()
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with the strides that tracing was told."""
+    expected = torch.empty_like(x)
+    return y if y.stride() == expected.stride() else expected.copy_(y)
+
+
+@_normalize.register_fake
+def _(x: Tensor, weight: Any, bias: Any, mask: Any, part: str, eps: float, about_zero: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty([4, *_stat_shape(x, _from_text(part))], dtype=torch.float64)
+
+
+@torch.library.custom_op("renorm::normalize_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    part: str,
+    eps: float,
+    about_zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    read = _from_text(part)
+    made = native.fit(x, read, weight, bias, mask)
+    empty = x.new_empty(0)
+    if isinstance(made, str):
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.enable_grad():
+            moments = reference.measure(leaves[0], read, mask=mask, about_zero=about_zero)
+            affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
+            y = reference.apply(leaves[0], read, affine, leaves[1], leaves[2], mask=mask)
+            found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy)
+        given = iter(found)
+        dx, dw, db = (empty if t is None else next(given) for t in leaves)
+        return _like(dx, x), dw.contiguous(), db.contiguous()
+    inner = native.stats_to_kernel(list(stats), made, read)
+    dx, dw, db = native.gradients(x, dy, made, read, inner, weight, bias, eps, about_zero, mask, (True, True, True))
+    return _like(dx, x), empty if dw is None else dw.contiguous(), empty.clone() if db is None else db.contiguous()
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Any, bias: Any, mask: Any, stats: Tensor, part: str, eps: float, about_zero: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = x.new_empty(0)
+    dw = empty if weight is None else weight.new_empty(weight.shape)
+    db = empty.clone() if bias is None else bias.new_empty(bias.shape)
+    return torch.empty_like(x), dw, db
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, mask, part, eps, about_zero = inputs
+    ctx.save_for_backward(x, weight, bias, mask, output[1])
+    ctx.rest = part, eps, about_zero
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> Any:
+    x, weight, bias, mask, stats = ctx.saved_tensors
+    dx, dw, db = _backward(dy, x, weight, bias, mask, stats, *ctx.rest)
+    needs = ctx.needs_input_grad
+    return (
+        dx if needs[0] else None,
+        dw if needs[1] else None,
+        db if needs[2] else None,
+        *(None,) * 4,
+    )
+
+
+_normalize.register_autograd(_differentiate, setup_context=_keep)
+
+
+def normalize(
+    x: Tensor,
+    part: Partition,
+    text: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    about_zero: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """`native.normalize` inside a graph, `text` being `to_text(part)`; and the moments, without a gradient."""
+    y, stats = _normalize(x, weight, bias, mask, text, eps, about_zero)
+    mean, var, count, _ = stats.detach()
+    return y, Moments(count, mean, var, part.names)
