@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import renorm as rn
@@ -328,8 +327,11 @@ def rows_of(case: Case, compiled: bool, seconds: float, keep: bool) -> list[list
         floor = case.floor if what == "both" or case.name.startswith("small") else ""
         kernel = ours.kernel(x.clone().requires_grad_(what == "both")) if hasattr(ours, "kernel") else ""
         rows.append(
-            [case.name, what, case.against, *micro, round(t2 / r2, 2), floor and round(floor, 2), round(c, 1) or ""]
-            + [round(r2 / copy, 2), round(tensors / 2 * copy / r2, 2), *kept, kernel, rounds, dropped]
+            [
+                *(case.name, what, case.against, *micro, round(t2 / r2, 2), floor and round(floor, 2)),
+                *(round(c, 1) or "", round(r2 / copy, 2), round(tensors / 2 * copy / r2, 2), *kept, kernel),
+                *(rounds, dropped),
+            ]
         )
         print(
             f"{case.name:<46} {what:<8} torch {micro[0]:>10} renorm {micro[3]:>10} us  {t2 / r2:>6.2f}x"
@@ -358,9 +360,8 @@ def main() -> None:
             rows += rows_of(case, options.compiled and not case.name.startswith("small"), options.seconds, options.busy)
     ratios = [row[9] for row in rows if row[1] == "both" and not str(row[0]).startswith("small")]
     if ratios:
-        print(
-            f"geometric mean of {len(ratios)} large cases, forward and backward: {statistics.geometric_mean(ratios):.2f}"
-        )
+        mean = statistics.geometric_mean(ratios)
+        print(f"geometric mean of {len(ratios)} large cases, forward and backward: {mean:.2f}")
     if options.save:
         path = Path(__file__).parent / "results" / "kernels.csv"
         with path.open("w", newline="") as file:

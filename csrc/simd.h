@@ -307,7 +307,7 @@ struct MaskPart {
 };
 
 // Asks for memory that the next panel reads, while this one is written. Past the end it does nothing.
-inline void prefetch(const void* p) {
+RENORM_ALWAYS inline void prefetch(const void* p) {  // GCC takes a call of it for one without effect
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
 #else

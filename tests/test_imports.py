@@ -110,6 +110,7 @@ def test_public_names():
     assert renorm.__all__ == sorted(renorm.__all__)
     assert set(renorm.__all__) == {
         *("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "LayerNorm", "Norm", "RMSNorm"),
+        "LocalResponseNorm",
         *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
         *("SwitchNorm", "SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d"),
         *("Comparison", "compare", "draw", "errors", "freeze", "kernels", "swap", "unfreeze"),

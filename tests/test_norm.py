@@ -7,13 +7,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import close, moments
 from hypothesis import assume, given, settings
 from test_plan import cases
 from torch import nn
 
 import renorm as rn
-from renorm.errors import BackendError, PatternError, ShapeError
+from renorm.errors import BackendError, PatternError, ShapeError, UnknownNormError
 from renorm.kernels import native, select
 from renorm.kernels.moments import Affine
 from renorm.pattern import partition
@@ -424,13 +425,14 @@ def test_onnx_runtime_computes_what_we_do(layer):
         (lambda **o: rn.InstanceNorm2d(6, affine=True, track_running_stats=True, **o), (9, 6, 5, 7)),
         (lambda **o: rn.LayerNorm(7, bias=False, **o), (5, 7)),
         (lambda **o: rn.RMSNorm(7, **o), (5, 7)),
-        (lambda **o: rn.Norm("n [c] ...", c=6, **o), (4, 6, 5, 7)),
-        (lambda **o: rn.Norm("(k [b]) c ...", b=2, weight=None, running=None, **o), (4, 6, 5, 7)),
+        (lambda **o: rn.Norm("n [c] ...", c=18, **o), (4, 18, 5, 7)),
+        (lambda **o: rn.Norm("(k [b]) c [...]", b=2, weight=None, running=None, **o), (4, 6, 5, 7)),
     ],
 )
 def test_a_traced_graph_runs_the_native_kernels(make, shape, dtype, masked):
     """One graph, the operator in it, and values, gradients and running statistics those of the eager reference."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
     seen = []
 
     def look(module, inputs):
@@ -457,3 +459,74 @@ def test_a_traced_graph_runs_the_native_kernels(make, shape, dtype, masked):
         close(one, other, 8 * torch.finfo(dtype).eps * max(1.0, other.abs().max().item()))
     for one, other in zip(both.buffers(), layers[1].buffers(), strict=True):
         close(one, other, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu", "silu"])
+@pytest.mark.parametrize("backend", ["reference", "torch", OWN])
+def test_neighbours_in_one_pass(backend, activation, layout):
+    """Residual and activation: values, gradients and running statistics of the three steps in torch, in float64."""
+    torch.manual_seed(0)
+    follow = {
+        None: lambda z: z,
+        "relu": F.relu,
+        "leaky_relu": F.leaky_relu,
+        "gelu": F.gelu,
+        "silu": F.silu,
+    }[activation]
+    for make, twin, shape in (
+        (rn.BatchNorm2d, nn.BatchNorm2d, (5, 6, 9, 7)),
+        (lambda c, **o: rn.GroupNorm(3, c, **o), lambda c, **o: nn.GroupNorm(3, c, **o), (5, 6, 9, 7)),
+        (lambda c, **o: rn.LayerNorm(c, **o), nn.LayerNorm, (3, 4, 5, 33)),
+        (lambda c, **o: rn.Norm("n [c] ...", c=c, **o), None, (5, 34, 3, 7)),
+    ):
+        channels = shape[-1] if twin is nn.LayerNorm else shape[1]
+        if twin is None and backend == "torch":
+            continue
+        ours = make(channels, activation=activation, backend=backend)
+        exact = make(channels, dtype=torch.float64, backend="reference") if twin is None else twin(channels).double()
+        with torch.no_grad():
+            for p in ours.parameters():
+                p.normal_()
+        exact.load_state_dict(ours.state_dict())
+        x, residual = (torch.randn(shape).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+        y, total = ours.add(x, residual)
+        wide = [t.detach().double().requires_grad_() for t in (x, residual)]
+        expected_total = wide[0] + wide[1]
+        expected = follow(exact(expected_total))
+        close(y, expected, 3e-6)
+        close(total, expected_total, 1e-6)
+        up = [torch.randn(shape) for _ in range(2)]
+        found = torch.autograd.grad((y, total), [x, residual, *ours.parameters()], up)
+        wanted = torch.autograd.grad((expected, expected_total), [*wide, *exact.parameters()], [u.double() for u in up])
+        for a, b in zip(found, wanted, strict=True):
+            close(a, b, 1e-5 * max(1.0, b.abs().max().item()))
+        for a, b in zip(ours.buffers(), exact.buffers(), strict=True):
+            close(a, b, 1e-5)
+        close(ours(x), follow(exact(x.double())), 3e-6)
+        if OWN in (backend, "reference"):
+            leaf = x.detach().double().requires_grad_()
+            layer = copy.deepcopy(ours).double()
+            (once,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
+            (twice,) = torch.autograd.grad(once.square().sum(), leaf)
+            other = leaf.detach().requires_grad_()
+            (once,) = torch.autograd.grad(follow(exact(other)).pow(3).sum(), other, create_graph=True)
+            (expected_twice,) = torch.autograd.grad(once.square().sum(), other)
+            close(twice, expected_twice, 1e-6 * expected_twice.abs().max().item())
+
+
+def test_a_sum_that_is_not_used_and_an_activation_that_does_not_exist():
+    layer = rn.LayerNorm(6, backend=OWN)
+    x, residual = (torch.randn(3, 6, requires_grad=True) for _ in range(2))
+    y, total = layer.add(x, residual)
+    for found, wanted in zip(
+        torch.autograd.grad(y.square().sum(), [x, residual], retain_graph=True),
+        torch.autograd.grad(F.layer_norm(x + residual, (6,)).square().sum(), [x, residual]),
+        strict=True,
+    ):
+        close(found, wanted, 1e-5)
+    (found,) = torch.autograd.grad(total.sum(), x)
+    assert torch.equal(found, torch.ones(3, 6))
+    assert "activation='silu'" in repr(rn.GroupNorm(2, 4, activation="silu"))
+    with pytest.raises(UnknownNormError, match="one of relu, leaky_relu, gelu, silu; got 'swish'"):
+        rn.LayerNorm(6, activation="swish")

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from renorm import errors, kernels
+from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
 from renorm.norms.zoo import (
     BatchNorm,
@@ -42,6 +43,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LocalResponseNorm",
     "Norm",
     "RMSNorm",
     "SwitchNorm",

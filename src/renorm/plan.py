@@ -139,6 +139,7 @@ def _merge(loops: list[Loop]) -> tuple[Loop, ...]:
 
 
 def split_strides(part: Partition, split: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+    """The strides of the split view, whose shape is `split`, of a tensor with these strides."""
     result = [0] * len(split)
     inside = dict(enumerate(strides))  # for each dimension, the stride of its next axis from the right
     for axis in reversed(range(len(split))):
@@ -159,4 +160,5 @@ def _strides_along(split: tuple[int, ...], axes: set[int]) -> list[int]:
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
     return tuple(_strides_along(tuple(shape), set(range(len(shape)))))

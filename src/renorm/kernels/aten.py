@@ -17,7 +17,17 @@ from torch import Tensor
 from renorm.kernels.moments import Moments
 from renorm.pattern import Partition
 
-__all__ = ["Direct", "batch_norm", "batch_norm_in_training", "direct", "fixed_norm", "group_norm", "layer_norm", "recognize", "rms_norm"]
+__all__ = [
+    "Direct",
+    "batch_norm",
+    "batch_norm_in_training",
+    "direct",
+    "fixed_norm",
+    "group_norm",
+    "layer_norm",
+    "recognize",
+    "rms_norm",
+]
 
 # Roles of the split view's axes, see Partition.roles. The first that fits is the fastest.
 _FORMS = (

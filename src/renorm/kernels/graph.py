@@ -7,7 +7,6 @@ a graph can be stored and run by another process.
 from __future__ import annotations
 
 import json
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from renorm.kernels import native, reference
 from renorm.kernels.moments import Affine, Moments
-from renorm.kernels.nest import Nest
 from renorm.pattern import Partition, partition
 
 __all__ = ["normalize", "to_text"]
@@ -83,18 +81,20 @@ def _backward(
     made = native.fit(x, read, weight, bias, mask)
     empty = x.new_empty(0)
     if isinstance(made, str):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+        leaf = x.detach().requires_grad_()
+        others = [None if t is None else t.detach().requires_grad_() for t in (weight, bias)]
         with torch.enable_grad():
-            moments = reference.measure(leaves[0], read, mask=mask, about_zero=about_zero)
-            affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
-            y = reference.apply(leaves[0], read, affine, leaves[1], leaves[2], mask=mask)
-            found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy)
-        given = iter(found)
-        dx, dw, db = (empty if t is None else next(given) for t in leaves)
-        return _like(dx, x), dw.contiguous(), db.contiguous()
+            y = native.by_reference(leaf, read, others[0], others[1], eps, about_zero, mask)
+            found = torch.autograd.grad(y, [leaf, *(t for t in others if t is not None)], dy)
+        rest = iter(found[1:])
+        dw, db = (empty.clone() if t is None else next(rest).contiguous() for t in others)
+        return _like(found[0], x), dw, db
     inner = native.stats_to_kernel(list(stats), made, read)
-    dx, dw, db = native.gradients(x, dy, made, read, inner, weight, bias, eps, about_zero, mask, (True, True, True))
-    return _like(dx, x), empty if dw is None else dw.contiguous(), empty.clone() if db is None else db.contiguous()
+    wants = (True, True, True)
+    dx, *others = native.gradients(x, dy, made, read, inner, weight, bias, eps, about_zero, mask, wants)
+    assert dx is not None
+    dw, db = (empty.clone() if t is None else t.contiguous() for t in others)
+    return _like(dx, x), dw, db
 
 
 @_backward.register_fake

@@ -7,11 +7,13 @@ saves the input and the small statistics; a second derivative goes through the r
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -22,9 +24,13 @@ from renorm.kernels.nest import Nest, nest
 from renorm.pattern import Partition
 
 __all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
     "Measured",
+    "activate",
     "apply",
     "batch_norm_in_training",
+    "by_reference",
     "fit",
     "given",
     "gradients",
@@ -32,11 +38,12 @@ __all__ = [
     "moments_of",
     "native_module",
     "normalize",
+    "normalize_with_neighbours",
     "stats_to_kernel",
     "stats_to_view",
     "status",
-    "track",
     "traceable",
+    "track",
     "tracks",
     "usable",
 ]
@@ -44,7 +51,7 @@ __all__ = [
 _INTERFACE = 1  # of csrc/module.cpp
 _PARALLEL = 32768  # entries from which on a second thread may help; csrc/driver.h has the last word
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -63,6 +70,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+_MODULE: Any
 _MODULE, _MISSING = _load()
 
 
@@ -116,7 +124,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the input is a {kind.__name__}"
     if not x.is_cpu:
         return f"the input is on {x.device.type}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"the input is {x.dtype}"
     if (
         torch._C._len_torch_dispatch_stack()
@@ -131,7 +139,7 @@ def why_not(x: Tensor) -> str | None:
 
 def traceable(x: Tensor) -> bool:
     """Whether the operators of graph.py may stand for the kernels in the graph that is being traced."""
-    return _MODULE is not None and not torch.compiler.is_exporting() and x.device.type == "cpu" and x.dtype in _DTYPES
+    return _MODULE is not None and not torch.compiler.is_exporting() and x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def fit(
@@ -143,7 +151,7 @@ def fit(
         return reason
     parameter = weight if weight is not None else bias
     if parameter is not None:
-        if parameter.dtype not in _DTYPES or not parameter.is_cpu:
+        if parameter.dtype not in DTYPES or not parameter.is_cpu:
             return f"the parameters are {parameter.dtype} on {parameter.device.type}"
         if bias is not None and bias.dtype != parameter.dtype:
             return "weight and bias differ in dtype"
@@ -227,10 +235,10 @@ def _forward(
 ) -> Tensor | None:
     y = None if only_measure else _empty(x, made)
     parameter = weight if weight is not None else bias
-    _MODULE.forward(  # type: ignore[union-attr]
+    _MODULE.forward(
         made.packed,
-        _DTYPES[x.dtype],
-        0 if parameter is None else _DTYPES[parameter.dtype],
+        DTYPES[x.dtype],
+        0 if parameter is None else DTYPES[parameter.dtype],
         torch.get_num_threads(),
         about_zero,
         0,
@@ -266,20 +274,22 @@ def _backward(
     combine: Tensor | None = None,
     wants: tuple[bool, bool, bool] = (True, True, True),
     affine_gradient: Tensor | None = None,
+    dsum: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that are wanted, the parameters' in the kernel's order."""
     dx = _empty(x, made) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     parameter = weight if weight is not None else bias
-    _MODULE.backward(  # type: ignore[union-attr]
+    _MODULE.backward(
         made.packed,
-        _DTYPES[x.dtype],
-        0 if parameter is None else _DTYPES[parameter.dtype],
+        DTYPES[x.dtype],
+        0 if parameter is None else DTYPES[parameter.dtype],
         torch.get_num_threads(),
         about_zero,
-        0,
-        0.0,
+        0 if activation is None else ACTIVATIONS[activation][0],
+        _SLOPE,
         eps,
         x.data_ptr(),
         _address(mask),
@@ -289,7 +299,7 @@ def _backward(
         fixed,
         _address(affine),
         dy.data_ptr(),
-        0,
+        _address(dsum),
         _address(dx),
         _address(affine_gradient),
         _address(combine),
@@ -308,7 +318,7 @@ def _new_stats(made: Nest) -> Tensor:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -325,7 +335,7 @@ class _Normalize(torch.autograd.Function):
         return _normalized(x, made, part, weight, bias, eps, about_zero, mask, stats)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, mask = ctx.saved_tensors
         part, made, eps, about_zero, stats = ctx.rest
         wants = ctx.needs_input_grad[:3]
@@ -352,6 +362,8 @@ def gradients(
     about_zero: bool,
     mask: Tensor | None,
     wants: tuple[bool, bool, bool],
+    dsum: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of x, weight and bias that are wanted, from the statistics that `normalize` measured."""
     dx, dw, db = _backward(
@@ -365,6 +377,8 @@ def gradients(
         about_zero=about_zero,
         mask=mask if mask is None else _mask_for(mask, made),
         wants=wants,
+        dsum=None if dsum is None else _lying(dsum, made.y_strides),
+        activation=activation,
     )
     if not made.in_order:
         dw = None if dw is None or weight is None else _from_kernel(dw, weight, made, part)
@@ -388,10 +402,10 @@ def _normalized(
     # Asking torch for its threads costs more than a small tensor needs.
     threads = torch.get_num_threads() if made.entries >= _PARALLEL else 1
     y = torch.empty_like(x) if made.y_strides == made.x_strides else _empty(x, made)
-    _MODULE.forward(  # type: ignore[union-attr]
+    _MODULE.forward(
         made.packed,
-        _DTYPES[x.dtype],
-        0 if parameter is None else _DTYPES[parameter.dtype],
+        DTYPES[x.dtype],
+        0 if parameter is None else DTYPES[parameter.dtype],
         threads,
         about_zero,
         0,
@@ -417,6 +431,142 @@ def _apart(*inputs: Tensor | None) -> list[Any]:
     A scale comes from x, weight and bias may be one tensor.
     """
     return [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+
+
+# ---- with its neighbours: an addition before it, an activation after it
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """The activation in plain torch."""
+    return z if activation is None else ACTIVATIONS[activation][1](z)
+
+
+ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "relu": (1, F.relu),
+    "leaky_relu": (2, F.leaky_relu),
+    "gelu": (3, F.gelu),
+    "silu": (4, F.silu),
+}
+_SLOPE = 0.01  # of leaky ReLU, torch's default
+
+
+class _Neighbours(torch.autograd.Function):
+    """y = activation(norm(s)) and s = x + residual; without a residual s is x and does not come out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        part: Partition,
+        made: Nest,
+        eps: float,
+        about_zero: bool,
+        activation: str | None,
+        stats: Tensor,
+    ) -> Any:
+        y = _empty(x, made)
+        total = None if residual is None else _empty(x, made)
+        added = None if residual is None else _lying(residual, made.y_strides)
+        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        parameter = w if w is not None else b
+        _MODULE.forward(
+            made.packed,
+            DTYPES[x.dtype],
+            0 if parameter is None else DTYPES[parameter.dtype],
+            torch.get_num_threads(),
+            about_zero,
+            0 if activation is None else ACTIVATIONS[activation][0],
+            _SLOPE,
+            eps,
+            _lying(x, made.x_strides).data_ptr(),
+            _address(added),
+            _address(total),
+            y.data_ptr(),
+            _address(mask),
+            _address(w),
+            _address(b),
+            stats.data_ptr(),
+            False,
+            0,
+        )
+        ctx.save_for_backward(x if total is None else total, weight, bias, mask)
+        ctx.rest = part, made, eps, about_zero, activation, stats, total is not None
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> Any:
+        x, weight, bias, mask = ctx.saved_tensors
+        part, made, eps, about_zero, activation, stats, added = ctx.rest
+        nothing = (None,) * 7
+        needs = ctx.needs_input_grad
+        wants = (needs[0] or needs[1], needs[2], needs[3])
+        if dy is None:
+            return dtotal if needs[0] else None, dtotal if needs[1] else None, None, None, *nothing
+        if _needs_a_graph(dy) or (dtotal is not None and _needs_a_graph(dtotal)):
+            with torch.enable_grad():
+                y = activate(by_reference(x, part, weight, bias, eps, about_zero, mask), activation)
+            dx, dw, db = _gradients(y, dy, (x, weight, bias), wants)
+            if dtotal is not None and dx is not None:
+                dx = dx + dtotal
+        else:
+            if added:  # the sum lies as y does
+                back = nest(part, x.shape, x.stride(), None if mask is None else mask.stride())
+                assert not isinstance(back, str)
+                made = back
+            dx, dw, db = gradients(
+                x, dy, made, part, stats, weight, bias, eps, about_zero, mask, wants, dtotal, activation
+            )
+        return dx if needs[0] else None, dx if needs[1] else None, dw, db, *nothing
+
+
+def normalize_with_neighbours(
+    x: Tensor,
+    residual: Tensor | None,
+    part: Partition,
+    made: Nest,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    about_zero: bool = False,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activation(norm(x + residual))``, the sum, and the statistics."""
+    stats = _new_stats(made)
+    mask = _mask_for(mask, made)
+    found = _run(_Neighbours, x, residual, weight, bias, mask, part, made, eps, about_zero, activation, stats)
+    y, total = (found, x) if residual is None else found
+    return y, total, stats
+
+
+def _needs_a_graph(dy: Tensor) -> bool:
+    """Whether a gradient is to be differentiated again, or is a batch of gradients: then torch works it out."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or why_not(dy) is not None
+
+
+def by_reference(
+    x: Tensor,
+    part: Partition,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    about_zero: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """What `normalize` computes, in plain torch."""
+    moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
+    affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
+    return reference.apply(x, part, affine, weight, bias, mask=mask)
+
+
+def _run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _gradients(
@@ -449,7 +599,7 @@ def normalize(
         mask = _mask_for(mask, made)
     if learns(x, weight, bias):
         stats = _new_stats(made)
-        return _Normalize.apply(x, weight, bias, mask, part, made, eps, about_zero, stats), stats
+        return _run(_Normalize, x, weight, bias, mask, part, made, eps, about_zero, stats), stats
     found = _new_stats(made) if wants_stats else None
     return _normalized(x, made, part, weight, bias, eps, about_zero, mask, found), found
 
@@ -457,9 +607,7 @@ def normalize(
 def learns(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a gradient will be asked for."""
     return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
 
 
@@ -482,7 +630,7 @@ class _Upstream:
 
 class _Measure(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         mask: Tensor | None,
@@ -499,25 +647,21 @@ class _Measure(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Any:
         x, mask = ctx.saved_tensors
         part, made, about_zero, stats, upstream = ctx.rest
         left = upstream.left if upstream.task == torch._C._current_graph_task_id() else ()
         upstream.left = ()
         if not left:  # the gradient is to be differentiated again, or only the moments were used
             with torch.enable_grad():
-                leaf = x if torch.is_grad_enabled() and x.requires_grad else x.detach().requires_grad_()
-                found = reference.measure(leaf, part, mask=mask, about_zero=about_zero)
-                made_of = [(m, d) for m, d in ((found.mean, dmean), (found.var, dvar)) if m.requires_grad]
+                found = reference.measure(x, part, mask=mask, about_zero=about_zero)
+            pairs = [(m, d) for m, d in ((found.mean, dmean), (found.var, dvar)) if m.requires_grad]
             (dx,) = torch.autograd.grad(
-                [m for m, _ in made_of],
-                leaf,
-                [d.to(m.dtype) for m, d in made_of],
-                create_graph=torch.is_grad_enabled(),
+                [m for m, _ in pairs], x, [d for _, d in pairs], create_graph=torch.is_grad_enabled()
             )
             return dx, None, None, None, None, None, None
         dy, weight, bias, affine = left
-        mean, var, count = stats_to_view(stats[:3], made, part)
+        mean, _, count = stats_to_view(stats[:3], made, part)
         n = count.clamp(min=1)
         square = torch.where(count > 0, 2 * dvar / n, 0)
         pivot = mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32).to(torch.float64)
@@ -541,7 +685,7 @@ class _Measure(torch.autograd.Function):
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         mean: Tensor | None,
@@ -566,7 +710,7 @@ class _Apply(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, mean, scale, center, shift, weight, bias, mask = ctx.saved_tensors
         part, made, about_zero, stats, upstream, affine = ctx.rest
         needs = ctx.needs_input_grad
@@ -637,7 +781,7 @@ def measure(
     """Moments of each set, differentiable, and what `apply` needs of this call."""
     stats, upstream = _new_stats(made), _Upstream()
     mask = _mask_for(mask, made)
-    mean, var = _Measure.apply(x, mask, part, made, about_zero, stats, upstream)
+    mean, var = _run(_Measure, x, mask, part, made, about_zero, stats, upstream)
     count = stats[2:3] if mask is not None else stats[2:3, :1]
     count = stats_to_view(count, made, part)[0] if mask is not None else count.view([1] * len(made.split))
     return Moments(count, mean, var, part.names), Measured(made, mask, stats, mean, upstream)
@@ -677,7 +821,8 @@ def apply(
         None if value is None else value.to(torch.float64).expand(shape)
         for value in (affine.scale, affine.center, affine.shift)
     )
-    return _Apply.apply(
+    return _run(
+        _Apply,
         x,
         measured.mean,
         scale,
@@ -707,8 +852,8 @@ def track(
     As in torch's batch norm, autograd does not learn of it: two forward passes may precede their backward passes.
     """
     mean, var = running
-    _MODULE.track(  # type: ignore[union-attr]
-        _DTYPES[mean.dtype],
+    _MODULE.track(
+        DTYPES[mean.dtype],
         stats.shape[1],
         stats.data_ptr(),
         -1.0 if momentum is None else momentum,
@@ -730,10 +875,10 @@ def batch_norm_in_training(
 ) -> Tensor:
     """Torch's own batch norm, which moves `running` itself; put back where the batch was not finite. See `tracks`."""
     mean, var = running
-    where = _DTYPES[mean.dtype], mean.numel(), mean.data_ptr(), var.data_ptr()
+    where = DTYPES[mean.dtype], mean.numel(), mean.data_ptr(), var.data_ptr()
     if momentum is None:
-        momentum = 1.0 / (int(num_batches_tracked) + 1)  # type: ignore[arg-type]
-    _MODULE.guard(*where)  # type: ignore[union-attr]
+        momentum = 1.0 / (int(num_batches_tracked) + 1)
+    _MODULE.guard(*where)
     y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, True)
-    _MODULE.settle(*where, _address(num_batches_tracked))  # type: ignore[union-attr]
+    _MODULE.settle(*where, _address(num_batches_tracked))
     return y

@@ -120,7 +120,12 @@ def _nest(
         return "the sets reach beyond the innermost loop"
     if inner_loop.strides[_MASK] not in (0, 1):
         return "the mask is not contiguous"
-    numbers = [*sizes, *(loop.size for loop in padded), *sum(steps, []), inner_loop.strides[_MASK]]
+    numbers = [
+        *sizes,
+        *(loop.size for loop in padded),
+        *(step for row in steps for step in row),
+        inner_loop.strides[_MASK],
+    ]
     num_cells = math.prod([loop.size for loop in (*outer, k1)])
     ones = [i for i, size in enumerate(split) if size == 1]
     stat_order = tuple([i for i in ones if i in kept] + [i for i in axes if i in kept])

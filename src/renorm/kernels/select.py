@@ -59,22 +59,25 @@ def choose(
     """The name of the kernel that will run: ``"native"``, ``"torch.<function>"`` or ``"reference"``.
 
     `op` is what `aten.recognize` said of the partition, `obstacle` a reason of the layer's own against torch's
-    kernels, `fixed` whether the statistics are given. Raises BackendError where `backend` names one that cannot run this.
+    kernels, `fixed` whether the statistics are given. Raises BackendError where `backend` names one that cannot run
+    this.
     """
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
-    if backend != "torch" and torch.compiler.is_compiling() and native.traceable(x) and obstacle != OWN_SOLVE:
-        if backend == "native" or x.numel() >= _TRACED_FROM:
-            return "native"
+    traced = torch.compiler.is_compiling() and native.traceable(x) and obstacle != OWN_SOLVE
+    if traced and (backend == "native" or (backend == "auto" and not fixed and x.numel() >= _TRACED_FROM)):
+        return "native"
     torch_obstacle = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
     by_torch = "torch.rms_norm" if about_zero else f"torch.{op}"
     if backend == "torch":
         if torch_obstacle is None:
             return by_torch
         raise BackendError(f"backend='torch' cannot run here: {torch_obstacle}; write backend='auto' or 'reference'")
-    if backend == "auto" and torch_obstacle is None and (
-        fixed or native.why_not(x) is not None or x.numel() < faster_from(x, by_torch, weight, bias)
+    if (
+        backend == "auto"
+        and torch_obstacle is None
+        and (fixed or native.why_not(x) is not None or x.numel() < faster_from(x, by_torch, weight, bias))
     ):
         return by_torch
     found = native.fit(x, part, weight, bias, mask)
@@ -161,6 +164,7 @@ def normalize(
         made = native.fit(x, part, weight, bias, mask)
         assert not isinstance(made, str)
         y, stats = native.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
+        assert stats is not None
         return y, native.moments_of(stats, part, made)
     moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
     affine = standardize(moments, eps, about_zero=about_zero)

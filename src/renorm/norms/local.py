@@ -24,7 +24,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
     ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it is auto.
 
     Shapes: input and output (N, C, ...), also (N, C) alone; the output has the input's dtype and memory format.
-    Half precision is computed in float32, and by the native kernel also float32 entries whose squares overflow.
+    Half precision is computed in float32. The native kernel is right also where the square of a float32 overflows.
 
     Raises ShapeError for a size below 1 and for an input without channels, BackendError where `backend` cannot
     run. Krizhevsky, Sutskever & Hinton 2012, "ImageNet classification with deep convolutional neural networks".
@@ -128,7 +128,7 @@ def _native(x: Tensor, dy: Tensor | None, window: _Window) -> Tensor:
     positions = x.numel() // (batch * channels)
     out = torch.empty_like(x)
     native.native_module().local(
-        native._DTYPES[x.dtype],
+        native.DTYPES[x.dtype],
         torch.get_num_threads(),
         batch,
         channels,

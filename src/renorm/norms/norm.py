@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from renorm.errors import PatternError, ShapeError
+from renorm.errors import PatternError, ShapeError, UnknownNormError
 from renorm.kernels import aten, graph, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest
@@ -68,6 +68,8 @@ class Norm(nn.Module):
         unbiased: whether the running variance is divided by n - 1, as torch does, or n, as Keras does.
         one_value: a set of one entry has no variance. ``"raise"`` refuses it (the default with running
             statistics), ``"running"`` uses the running statistics for this batch, ``"allow"`` gives `bias`.
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` or ``"silu"`` behind the norm, in one pass
+            where a kernel can.
         backend: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it
             is auto.
         sizes: of the axes, by name. Weighted and running axes need theirs; one part of a split may be open.
@@ -99,6 +101,7 @@ class Norm(nn.Module):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     frozen: bool = False
+    activation: str | None = None
     track_running_stats: bool
 
     def __init__(
@@ -113,6 +116,7 @@ class Norm(nn.Module):
         momentum: float | None = 0.1,
         unbiased: bool = True,
         one_value: OneValue | None = None,
+        activation: str | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -145,6 +149,7 @@ class Norm(nn.Module):
             center=center,
             unbiased=unbiased,
             one_value=one_value or ("raise" if kept else "allow"),
+            activation=activation,
             backend=backend,
         )
 
@@ -158,6 +163,7 @@ class Norm(nn.Module):
         center: bool = True,
         unbiased: bool = True,
         one_value: OneValue = "allow",
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         """Say which norm this is; a mapping gives a pattern for each rank (torch's unbatched inputs)."""
@@ -169,6 +175,12 @@ class Norm(nn.Module):
         self.center = center
         self.unbiased = unbiased
         self.one_value = one_value
+        if activation is not None and activation not in native.ACTIVATIONS:
+            raise UnknownNormError(
+                f"an activation that a norm may end in is one of {', '.join(native.ACTIVATIONS)}; got {activation!r}: "
+                "write any other as a layer of its own behind the norm"
+            )
+        self.activation = activation
         self.backend = backend
         self.sizes = dict(sizes)
         self._weight_axes = weight
@@ -195,6 +207,48 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
+        if self.activation is not None:
+            return self._with_neighbours(x, None, mask)[0]
+        return self._normalize(x, mask)
+
+    def add(self, x: Tensor, residual: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum for the next residual: in one pass where a kernel can.
+
+        >>> y, total = Norm("... [c]", c=2).add(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        >>> total
+        tensor([[2., 6.]])
+        """
+        return self._with_neighbours(x, residual, mask)
+
+    def _with_neighbours(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        bound = self._bound(x)
+        weight, bias = self.weight, self.bias
+        together = self._plain and not torch.compiler.is_compiling() and not self._uses_running(bound.part, x)
+        together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+        real = None if mask is None else _expand(mask, x)
+        if together and self._choose(x, bound, real) == "native":
+            made = native.fit(x, bound.part, weight, bias, real)
+            assert not isinstance(made, str)
+            y, total, stats = native.normalize_with_neighbours(
+                x,
+                residual,
+                bound.part,
+                made,
+                weight,
+                bias,
+                self._eps(x),
+                about_zero=not self.center,
+                mask=real,
+                activation=self.activation,
+            )
+            self._remember("native")
+            if self._running() is not None:
+                self._track_natively(stats, made, bound)
+            return y, total
+        total = x if residual is None else x + residual
+        return native.activate(self._normalize(total, mask), self.activation), total
+
+    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None and self._plain and not torch.compiler.is_compiling():
             y = self._quickly(x)
             if y is not None:
@@ -212,9 +266,9 @@ class Norm(nn.Module):
             return self._solved(x, part, kernel, mask)
         running = self._running()
         if kernel == "native" and torch.compiler.is_compiling():
-            y, batch = graph.normalize(x, part, bound.text, weight, bias, eps, about_zero=not self.center, mask=mask)
+            y, found = graph.normalize(x, part, bound.text, weight, bias, eps, about_zero=not self.center, mask=mask)
             if running is not None:
-                self._track(running, batch, bound)
+                self._track(running, found, bound)
             return y
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
@@ -247,7 +301,16 @@ class Norm(nn.Module):
         mean = buffers["running_mean"]
         fixed = mean is not None and not (self.training and not self.frozen)
         learns = native.learns(x, weight, bias)
-        key = (x.shape, x.stride(), x.dtype, x.is_cpu, learns, fixed, None if weight is None else weight.dtype, self.eps)
+        key = (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.is_cpu,
+            learns,
+            fixed,
+            None if weight is None else weight.dtype,
+            self.eps,
+        )
         way = self._ways.get(key)
         if way is None:
             if len(self._ways) == _MAX_WAYS:
@@ -288,7 +351,9 @@ class Norm(nn.Module):
         if fixed:
             kernel = self._choose_fixed(x, bound, None)
             as_it_is = kernel == "torch.batch_norm"
-            return _Way(kernel, bound, eps, direct=aten.direct(x, part, "batch_norm", None, None)) if as_it_is else general
+            return (
+                _Way(kernel, bound, eps, direct=aten.direct(x, part, "batch_norm", None, None)) if as_it_is else general
+            )
         if self._uses_running(part, x):
             return general
         kernel = self._choose(x, bound, None)
@@ -378,6 +443,7 @@ class Norm(nn.Module):
             words += [] if self.center else ["center=False"]
             words += ["weight=None"] if self.weight is None else ["bias=False"] if self.bias is None else []
             words += [f"running={' '.join(self._running_axes)!r}"] if self._running_axes else []
+        words += [f"activation={self.activation!r}"] if self.activation else []
         words += ["frozen=True"] if self.frozen else []
         words += [f"backend={self.backend!r}"] if self.backend != "auto" else []
         words += [f"kernel={self._kernel}"] if self._kernel else []

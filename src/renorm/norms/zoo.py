@@ -56,6 +56,7 @@ class _Batch(Norm, TorchBatchNorm):
         bias: bool = True,
         unbiased: bool = True,
         one_value: OneValue = "raise",
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(
@@ -67,6 +68,7 @@ class _Batch(Norm, TorchBatchNorm):
             running=("c",),
             unbiased=unbiased,
             one_value=one_value,
+            activation=activation,
             backend=backend,
         )
 
@@ -85,7 +87,7 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}} \\cdot \\text{weight} + \\text{bias}$$
 
     over everything but the channels; running statistics in evaluation. Arguments as `torch.nn.BatchNorm1d`, then
-    `unbiased`, `one_value` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
+    `unbiased`, `one_value`, `activation` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
 
     >>> BatchNorm1d(2, affine=False)(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     tensor([[-1.0000, -1.0000],
@@ -144,6 +146,7 @@ class _Instance(Norm, TorchInstanceNorm):
         *,
         bias: bool = True,
         one_value: OneValue = "raise",
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(
@@ -157,6 +160,7 @@ class _Instance(Norm, TorchInstanceNorm):
             weight=("c",) if affine else (),
             running=("c",) if track_running_stats else (),
             one_value=one_value,
+            activation=activation,
             backend=backend,
         )
 
@@ -179,8 +183,8 @@ class InstanceNorm1d(_Instance, nn.InstanceNorm1d):
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}}$$
 
     over the positions of one channel of one sample. Arguments as `torch.nn.InstanceNorm1d` (no weight and bias and
-    no running statistics unless asked for), then `one_value` and `backend` as `Norm`. Not for vectors: one value
-    has no variance. Ulyanov et al. 2016, arXiv:1607.08022.
+    no running statistics unless asked for), then `one_value`, `activation` and `backend` as `Norm`. Not for vectors:
+    one value has no variance. Ulyanov et al. 2016, arXiv:1607.08022.
 
     >>> InstanceNorm1d(1)(torch.tensor([[[0.0, 2.0]]]))
     tensor([[[-1.0000,  1.0000]]])
@@ -200,9 +204,9 @@ class LayerNorm(Norm, nn.LayerNorm):
 
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}} \\cdot \\text{weight} + \\text{bias}$$
 
-    Arguments as `torch.nn.LayerNorm`, then `backend` as `Norm`. On images (N, C, H, W) torch's argument
-    ``LayerNorm((C, H, W))`` learns a weight for each entry; ``GroupNorm(1, C)`` has the same statistics and one for
-    each channel. Ba et al. 2016, arXiv:1607.06450.
+    Arguments as `torch.nn.LayerNorm`, then `activation` and `backend` as `Norm`. On images (N, C, H, W) torch's
+    argument ``LayerNorm((C, H, W))`` learns a weight for each entry; ``GroupNorm(1, C)`` has the same statistics and
+    one for each channel. Ba et al. 2016, arXiv:1607.06450.
 
     >>> LayerNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 3.0]]))
     tensor([[-1.0000,  1.0000]])
@@ -217,10 +221,11 @@ class LayerNorm(Norm, nn.LayerNorm):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
-        _define_trailing(self, elementwise_affine, center=True, backend=backend)
+        _define_trailing(self, elementwise_affine, center=True, activation=activation, backend=backend)
 
 
 class RMSNorm(Norm, nn.RMSNorm):
@@ -228,8 +233,8 @@ class RMSNorm(Norm, nn.RMSNorm):
 
     $$y = \\frac{x}{\\sqrt{\\text{E}[x^2] + \\text{eps}}} \\cdot \\text{weight}$$
 
-    Arguments as `torch.nn.RMSNorm` (eps None: the computing dtype's), then `backend` as `Norm`. Zhang & Sennrich
-    2019, arXiv:1910.07467.
+    Arguments as `torch.nn.RMSNorm` (eps None: the computing dtype's), then `activation` and `backend` as `Norm`.
+    Zhang & Sennrich 2019, arXiv:1910.07467.
 
     >>> RMSNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 7.0]]))
     tensor([[0.2000, 1.4000]])
@@ -243,21 +248,22 @@ class RMSNorm(Norm, nn.RMSNorm):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.register_parameter("bias", None)
-        _define_trailing(self, elementwise_affine, center=False, backend=backend)
+        _define_trailing(self, elementwise_affine, center=False, activation=activation, backend=backend)
 
 
-def _define_trailing(layer: LayerNorm | RMSNorm, affine: bool, *, center: bool, backend: str) -> None:
+def _define_trailing(layer: LayerNorm | RMSNorm, affine: bool, *, center: bool, **options: Any) -> None:
     names = ("c",) if len(layer.normalized_shape) == 1 else tuple(f"c{i}" for i in range(len(layer.normalized_shape)))
     layer._define(
         f"... [{' '.join(names)}]",
         dict(zip(names, layer.normalized_shape, strict=True)),
         weight=names if affine else (),
         center=center,
-        backend=backend,
+        **options,
     )
 
 
@@ -267,8 +273,8 @@ class GroupNorm(Norm, nn.GroupNorm):
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}} \\cdot \\text{weight} + \\text{bias}$$
 
     over the channels of a group and all positions of one sample. One group is layer norm over (C, H, W), as many
-    groups as channels is instance norm. Arguments as `torch.nn.GroupNorm`, then `backend` as `Norm`. Wu & He 2018,
-    arXiv:1803.08494.
+    groups as channels is instance norm. Arguments as `torch.nn.GroupNorm`, then `activation` and `backend` as `Norm`.
+    Wu & He 2018, arXiv:1803.08494.
 
     >>> GroupNorm(1, 2, affine=False)(torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
     tensor([[-1.0000,  1.0000],
@@ -285,6 +291,7 @@ class GroupNorm(Norm, nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype, bias=bias)
@@ -292,6 +299,7 @@ class GroupNorm(Norm, nn.GroupNorm):
             "n (g [c]) [...]",
             {"g": num_groups, "c": num_channels // num_groups},
             weight=("g", "c") if affine else (),
+            activation=activation,
             backend=backend,
         )
 
