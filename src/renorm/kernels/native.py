@@ -821,7 +821,7 @@ def apply(
         None if value is None else value.to(torch.float64).expand(shape)
         for value in (affine.scale, affine.center, affine.shift)
     )
-    return _run(
+    y: Tensor = _run(
         _Apply,
         x,
         measured.mean,
@@ -837,6 +837,7 @@ def apply(
         measured.stats,
         measured.upstream,
     )
+    return y
 
 
 def track(
@@ -877,6 +878,7 @@ def batch_norm_in_training(
     mean, var = running
     where = DTYPES[mean.dtype], mean.numel(), mean.data_ptr(), var.data_ptr()
     if momentum is None:
+        assert num_batches_tracked is not None
         momentum = 1.0 / (int(num_batches_tracked) + 1)
     _MODULE.guard(*where)
     y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, True)
