@@ -220,9 +220,9 @@ def small() -> list[Case]:
 
 
 def others_running() -> bool:
-    """Whether anything but this thread is running or waiting for a processor (Linux; elsewhere nobody can say)."""
+    """Whether anything but torch's threads is running or waiting for a processor (Linux; elsewhere nobody can say)."""
     try:
-        return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) > 1
+        return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) > torch.get_num_threads()
     except OSError:
         return False
 

@@ -102,13 +102,20 @@ struct ColumnForward : Forward<T> {
             table.cells[k].shift = A(0);
         }
         if (!job.about_zero) {  // the mean of the first rows; of all where some are masked
-            int64_t rows = least(job.mask ? end - begin : 4, end - begin);
-            double real_rows = block(table, k0, first, n, begin, rows);
-            A part = A(1) / A(rows);
+            for (int64_t row = begin, stop = job.mask ? end : begin + 1, rows; row < stop; row += rows) {
+                rows = least(job.mask ? kRows : 4, end - row);
+                double real_rows = block(table, k0, first, n, row, rows);
+                for (int64_t k = 0; k < n; k++) {
+                    table.cells[k].n += real_rows + double(table.count[k]);
+                    table.cells[k].s += double(table.s[k]);
+                    table.s[k] = table.q[k] = table.count[k] = A(0);
+                }
+            }
             for (int64_t k = 0; k < n; k++) {
-                A mean = job.mask ? table.s[k] / (table.count[k] + A(real_rows)) : table.s[k] * part;
-                table.shift[k] = table.cells[k].shift = finite(mean) ? mean : A(0);
-                table.s[k] = table.q[k] = table.count[k] = A(0);
+                Cell<A>& cell = table.cells[k];
+                A mean = A(cell.s / cell.n);
+                table.shift[k] = cell.shift = finite(mean) ? mean : A(0);
+                cell.n = cell.s = 0;
             }
         }
         int64_t due = 2 * kFirstRows;
@@ -155,7 +162,7 @@ struct ColumnForward : Forward<T> {
         memset((void*)table.q.data, 0, size_t(n) * sizeof(A));
         memset((void*)table.shift.data, 0, size_t(n) * sizeof(A));
         if (!job.about_zero) {
-            int64_t rows = least(4, nest.r0);
+            int64_t rows = least(8, nest.r0);  // by 4, what ReLU leaves would often need the careful way
             block(table, k0, first, n, 0, rows);
             for (int64_t k = 0; k < n; k++) table.shift[k] = s[k] * (A(1) / A(rows));
             memset((void*)table.s.data, 0, size_t(n) * sizeof(A));

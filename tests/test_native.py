@@ -94,13 +94,15 @@ def formula(x: Tensor, s: Setting) -> Wanted:
     h = g * w
     first, second = (0 if s.about_zero else 1) * total(h) / n, total(h * x_hat) / n
     dx = rstd * (h - first - x_hat * second)
-    size = h.abs() + total(h.abs()) / n + x_hat.abs() * total((h * x_hat).abs()) / n
+    # The mean's error is that of a sum of terms of about 1; a float64 mean is rounded itself, here as there.
+    x_size = x_hat.abs() + 1 + (mean.abs() * rstd if x.dtype == torch.float64 else 0)
+    size = h.abs() + total(h.abs()) / n + x_size * total((h * x_size).abs()) / n
     pairs = [
         (torch.where(real, a, 0).reshape(x.shape), torch.where(real, terms, 0).reshape(x.shape))
-        for a, terms in ((x_hat * w + b, (x_hat.abs() + 1) * w.abs() + b.abs()), (dx, rstd * size))
+        for a, terms in ((x_hat * w + b, x_size * w.abs() + b.abs()), (dx, rstd * size))
     ]
     pairs += [
-        (over_all(g * x_hat, s.weight), over_all((g * x_hat).abs() + g.abs(), s.weight)),
+        (over_all(g * x_hat, s.weight), over_all((g * x_size).abs(), s.weight)),
         (over_all(g, s.bias), over_all(g.abs(), s.bias)),
     ]
     return Wanted(*pairs, mean, var)
@@ -244,21 +246,21 @@ SMALL = [
 ]
 # Enough for three threads; few and many sets, short and long runs, tables of more than one panel.
 LARGE = [
-    Case("n c [...]", (8, 21, 23, 17), "1x1x391, outer 1"),
-    Case("n (g [c]) [...]", (1, 32, 61, 67), "1x1x4087, merge 32, outer 1", G1, "g c"),  # one set
-    Case("n c [...]", (3, 1, 160, 211), "1x1x33760, outer 1"),  # three sets, in chunks
-    Case("[n] c [...]", (8, 3, 61, 67), "8x3x4087"),  # three sets
-    Case("[n] c [...]", (16, 48, 9, 11), "16x48x99"),
-    Case("n [c]", (41, 5003), "1x1x5003, along, outer 1"),
-    Case("n [c]", (1024, 96), "1x1x96, along, outer 1", about_zero=True),
-    Case("n [c]", (3, 40001), "1x1x40001, along, outer 1"),
-    Case("[n l] c", (31, 37, 100), "1147x100x1"),  # split by rows
-    Case("t [n] c", (3, 999, 40), "999x40x1, outer 1"),  # three tables, each split by rows
-    Case("[n] c", (24, 5000), "24x5000x1"),  # panels of columns
-    Case("n [l] (g [c])", (1, 2003, 32), "2003x32x1, merge 16", G2, "g c"),
-    Case("n [l] (g [c])", (7, 403, 36), "403x36x1, merge 12, outer 1", G3, "g c"),
-    Case("n [c] ...", (2, 64, 31, 33), "64x1023x1, along, outer 1"),
-    Case("n [c] ...", (2, 300, 16, 17), "300x272x1, along, outer 1"),
+    Case("n c [...]", (8, 17, 19, 23), "1x1x437, outer 1"),
+    Case("n (g [c]) [...]", (1, 32, 41, 43), "1x1x1763, merge 32, outer 1", G1, "g c"),  # one set
+    Case("n c [...]", (3, 1, 97, 173), "1x1x16781, outer 1"),  # three sets, in chunks
+    Case("[n] c [...]", (5, 3, 61, 67), "5x3x4087"),  # three sets
+    Case("[n] c [...]", (16, 40, 7, 11), "16x40x77"),
+    Case("n [c]", (11, 5003), "1x1x5003, along, outer 1"),
+    Case("n [c]", (521, 96), "1x1x96, along, outer 1", about_zero=True),
+    Case("n [c]", (3, 17001), "1x1x17001, along, outer 1"),
+    Case("[n l] c", (31, 17, 100), "527x100x1"),  # split by rows
+    Case("t [n] c", (3, 419, 40), "419x40x1, outer 1"),  # three tables, each split by rows
+    Case("[n] c", (24, 2500), "24x2500x1"),  # panels of columns
+    Case("n [l] (g [c])", (1, 1603, 32), "1603x32x1, merge 16", G2, "g c"),
+    Case("n [l] (g [c])", (5, 307, 36), "307x36x1, merge 12, outer 1", G3, "g c"),
+    Case("n [c] ...", (2, 64, 19, 23), "64x437x1, along, outer 1"),
+    Case("n [c] ...", (2, 300, 9, 11), "300x99x1, along, outer 1"),
 ]
 # Rows of 1, 2, 4 and 8 vectors of any width stay in registers.
 NARROW = [Case("[n] c", (3 * 16411 // c, c), f"{3 * 16411 // c}x{c}x1") for c in (8, 16, 32, 64, 128)]
@@ -399,7 +401,6 @@ def hard_sets(n: int) -> dict[str, Tensor]:
         "an outlier": torch.where(i == n // 2, 1e8, noise),
         "nearly constant": 3 + noise * 1e-6,
         "huge": noise * 1e18,
-        "larger": noise * 1e30,
         "huge mean": (noise + 1e3) * 1e15,
         "tiny": noise * 1e-20,
     }
@@ -429,34 +430,308 @@ ARRANGEMENTS = {
 }
 
 
+def arranged(sets: dict[str, Tensor], arrangement: str, weighted: bool) -> tuple[Tensor, Setting]:
+    arrange, pattern, _ = ARRANGEMENTS[arrangement]
+    x = arrange(torch.stack(list(sets.values())))
+    along = tuple(name for name in "c" if weighted and name in pattern)
+    part = partition(pattern, x.dim(), {"c": 8} if "(" in pattern else {}, along)
+    shape = [size for size, _ in zip_weighted(part, x)]
+    weight, bias = (draw(shape, seed=seed) if shape else None for seed in (1, 2))
+    return x, Setting(part, weight, bias, draw(x.shape, seed=3))
+
+
 @with_extension
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("n", [240, 26400])
-def test_hard_sets_keep_their_digits(n, arrangement, weighted):
-    sets = hard_sets(n)
-    arrange, pattern, by_torch = ARRANGEMENTS[arrangement]
-    x = arrange(torch.stack(list(sets.values())))
-    along = tuple(name for name in ("c",) if weighted and name in pattern)
-    part = partition(pattern, x.dim(), {"c": 8} if "(" in pattern else {}, along)
-    shape = [part.split_shape(x.shape)[i] for i in part.weighted]
-    weight, bias = (draw(shape, seed=seed) if shape else None for seed in (1, 2))
-    s = Setting(part, weight, bias, draw(x.shape, seed=3))
+def test_hard_sets_keep_their_digits(n, arrangement, weighted, masked):
+    x, s = arranged(hard_sets(n), arrangement, weighted)
+    if masked:
+        s = s._replace(mask=draw(x.shape, seed=5) > -1)
     wanted = formula(x, s)
+    ordinary = wanted.var > 1e-30  # below, float32 has no squares, and only eps counts
     for number in (1, 3):
         with threads(number):
             found = run(x, s)
-            usual = wanted.var > 1e-30  # below, float32 has no squares, and eps alone counts
-            off = ((found.var - wanted.var).abs() / wanted.var)[usual].max().item()
+            off = ((found.var - wanted.var).abs() / wanted.var)[ordinary].max().item()
             assert off <= 2e-6, f"variances are off by {off:.2g}"
-            assert (found.var[~usual] <= 1e-30).all()
-            ordinary = (wanted.var < 1e37).expand(part.view(x).shape).reshape(x.shape)  # where 1 / var is a float32
-            compare(x, s._replace(), wanted._replace(dx=(wanted.dx[0] * ordinary, wanted.dx[1] * ordinary)),
-                    found._replace(dx=found.dx * ordinary), f"{number} threads")
-            if not weighted:
-                finite = part.view(by_torch(x)).isfinite()
-                for values in (found.y, by_torch(x)):
-                    pass
+            assert (found.var[~ordinary] <= 1e-30).all()
+            # An error of 2e-6 in the variance is one of 8.4 units in x_hat. Torch's own layers err by up to 1e5
+            # units at a mean of 1e4, and by 7e6, all digits, from 1e18 on.
+            compare(x, s, wanted, found, f"{number} threads", k=12)
 
 
-# ---- the measuring of k: removed below
+@with_extension
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_sets_whose_variance_is_no_float32(arrangement):
+    """From 1e20 on 1 / var is no float32, and the gradient's last term is lost; torch has lost y by then."""
+    made = {f"{scale:g}": draw((2400,), seed=8) * scale for scale in (1e19, 1e24, 1e30, 1e34)}
+    x, s = arranged(made, arrangement, weighted=False)
+    wanted, found = formula(x, s), run(x, s)
+    assert ((found.var - wanted.var).abs() / wanted.var).max() <= 2e-6
+    assert units(found.y, wanted.y, torch.float32) <= 12
+    assert found.dx.isfinite().all()
+    close(found.dx * 1e19, wanted.dx[0] * 1e19, 0.15 * wanted.dx[0].abs().max().item() * 1e19)
+
+
+@with_extension
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_ordinary_sets_are_as_exact_as_torchs(arrangement):
+    """Rounding differs, entry by entry: twice torch's largest error, or 2 units where torch's happens to be less."""
+    x, s = arranged({str(i): draw((26400,), seed=i, mean=0.5) for i in range(8)}, arrangement, weighted=False)
+    wanted, found = formula(x, s), run(x, s)
+    leaf = x.detach().requires_grad_()
+    y = ARRANGEMENTS[arrangement][2](leaf)
+    (dx,) = torch.autograd.grad(y, leaf, s.dy)
+    for ours, theirs, what in ((found.y, y, wanted.y), (found.dx, dx, wanted.dx)):
+        assert units(ours, what, torch.float32) <= max(2, 2 * units(theirs, what, torch.float32))
+
+
+@with_extension
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_what_is_not_finite_stays_in_its_set(arrangement, bad):
+    sets = {str(i): draw((2400,), seed=i) for i in range(8)}
+    clean, s = arranged(sets, arrangement, weighted=False)
+    wanted = formula(clean, s)
+    for place in (0, 70, 2399):  # in the entries that give the first shift, and beyond
+        dirty = sets | {"3": torch.where(torch.arange(2400) == place, bad, sets["3"])}
+        x, _ = arranged(dirty, arrangement, weighted=False)
+        for number in (1, 2):
+            with threads(number):
+                found = run(x, s)
+                own = s.part.view((x != clean) | x.isnan()).any(s.part.reduced, keepdim=True)
+                own = own.expand(s.part.view(x).shape).reshape(x.shape)
+                assert found.y[own].isnan().all()
+                assert found.dx[own].isnan().all()
+                rest = found._replace(y=torch.where(own, 0, found.y), dx=torch.where(own, 0, found.dx))
+                y, dx = ((torch.where(own, 0, value), terms) for value, terms in (wanted.y, wanted.dx))
+                compare(x, s, wanted._replace(y=y, dx=dx), rest)
+
+
+@with_extension
+def test_constant_sets():
+    for arrangement in ARRANGEMENTS:
+        for value in (0.0, 0.1, -3e4, 1e-30):
+            x, s = arranged({str(i): torch.full((2400,), value) for i in range(5)}, arrangement, weighted=False)
+            found = run(x, s)
+            assert (found.var <= (1e-7 * value) ** 2).all()
+            close(found.y, torch.zeros(()), 1e-7 * abs(value) / EPS**0.5)
+            compare(x, s, formula(x, s), found._replace(y=torch.zeros_like(x)))
+
+
+# ---- parameters
+
+
+@with_extension
+@pytest.mark.parametrize("case", [*SMALL, LARGE[1], LARGE[8]], ids=named)
+def test_weight_or_bias_alone(case):
+    for dtype in DTYPES:
+        for parameters in DTYPES:
+            s, x = case.setting(dtype, parameters), case.input(dtype)
+            if s.weight is None:
+                return
+            for some in (s._replace(weight=None), s._replace(bias=None), s):
+                wanted = formula(x, some)
+                for apart in (False, True):
+                    found = run(x, some, apart=apart)
+                    compare(x, some, wanted, found, f"{dtype} with {parameters}")
+                    assert {t.dtype for t in (found.dw, found.db) if t is not None} == {parameters}
+
+
+@with_extension
+def test_one_tensor_as_weight_and_bias():
+    for case in (SMALL[1], SMALL[6], SMALL[10], SMALL[15]):
+        x, s = case.input(torch.float64), case.setting(torch.float64)
+        s = s._replace(bias=s.weight)
+        made, _ = nest_of(x, s)
+        both, leaf = s.weight.requires_grad_(), x.requires_grad_()
+        wanted = formula(x.detach(), s)
+        for again in (False, True):  # with a graph of the gradient, too
+            y, _ = native.normalize(leaf, s.part, made, both, both, EPS, about_zero=s.about_zero)
+            dx, dw = torch.autograd.grad(y, [leaf, both], s.dy, create_graph=again)
+            assert units(dx, wanted.dx, torch.float64) <= 16
+            assert units(dw, (wanted.dw[0] + wanted.db[0], wanted.dw[1] + wanted.db[1]), torch.float64) <= 16
+
+
+@with_extension
+def test_parameters_that_are_not_contiguous():
+    for case in (SMALL[1], SMALL[6], SMALL[8], SMALL[14]):
+        x, s = case.input(torch.float32), case.setting(torch.float32)
+        strided = s._replace(weight=torch.stack([s.weight] * 2, -1)[..., 0], bias=torch.stack([s.bias] * 2, -1)[..., 0])
+        flat = s._replace(weight=torch.stack([s.weight.flatten()] * 2, -1)[..., 0], bias=s.bias.flatten())
+        for some in (strided, flat):
+            for apart in (False, True):
+                compare(x, some, formula(x, some), run(x, some, apart=apart))
+
+
+@with_extension
+def test_parameters_of_another_size_are_refused():
+    for wrong in (3, 12):
+        layer = rn.GroupNorm(3, 6, backend="native")
+        x = torch.randn(4, 6, 5)
+        layer(x)  # what is remembered of this shape does not know the parameters to come
+        layer.weight = nn.Parameter(torch.ones(wrong))
+        with pytest.raises(ShapeError, match=rf"must have 6 entries for this input; got shape \({wrong},\)"):
+            layer(x)
+
+
+# ---- inputs
+
+
+@with_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, LARGE[1], LARGE[8]], ids=named)
+def test_expanded_and_aliasing_inputs(case, dtype):
+    x, s = case.input(dtype), case.setting(dtype)
+    for dim in range(x.dim()):
+        wide = x.narrow(dim, 0, 1).expand(x.shape)
+        compare(wide, s, formula(wide, s), run(wide, s), f"expanded along {dim}")
+        up = s._replace(dy=s.dy.narrow(dim, 0, 1).expand(x.shape))
+        compare(x, up, formula(x, up), run(x, up), f"gradient expanded along {dim}")
+    ones = s._replace(dy=torch.ones((), dtype=dtype).expand(x.shape))
+    compare(x, ones, formula(x, ones), run(x, ones), "of a sum")
+    for laid in more_layouts(x).values():
+        alias = s._replace(dy=laid)
+        compare(laid, alias, formula(laid, alias), run(laid, alias), "x is its own gradient")
+        other = s._replace(dy=more_layouts(s.dy)["reversed"])
+        compare(laid, other, formula(laid, other), run(laid, other), "a gradient that lies otherwise")
+
+
+@with_extension
+def test_windows_that_share_memory():
+    line = draw((40,), seed=9)
+    for size, stride in (((9, 8), (4, 1)), ((9, 8), (1, 1)), ((3, 9, 4), (2, 4, 1))):
+        for pattern in ("n [c]" if len(size) == 2 else "n l [c]", "[n] c" if len(size) == 2 else "[n l] c"):
+            x = line.as_strided(size, stride)
+            s = Case(pattern, size, "").setting(torch.float32)
+            compare(x, s, formula(x, s), run(x, s))
+
+
+@with_extension
+@given(case=cases(), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_pattern_and_strides_are_the_formula(case, data):
+    """Where there is a nest for them: the reasons against it are strings."""
+    pattern, sizes, weighted, like = case
+    part = partition(pattern, like.dim(), sizes, weighted)
+    assume(like.numel() > 0)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    memory = draw((like.untyped_storage().size() // 8,), dtype, 1, mean=0.5)
+    x = memory.as_strided(like.shape, like.stride(), like.storage_offset())
+    shape = [size for size, _ in zip_weighted(part, x)]
+    weight, bias = (draw(shape, dtype, seed) if shape and data.draw(st.booleans()) else None for seed in (2, 3))
+    mask = None
+    if data.draw(st.booleans()):
+        narrow = [data.draw(st.sampled_from(sorted({1, size}))) for size in x.shape]
+        order = data.draw(st.permutations(range(x.dim())))
+        mask = draw([narrow[i] for i in order], seed=4) > -0.5
+        mask = mask.permute([order.index(i) for i in range(x.dim())]).expand(x.shape)
+    s = Setting(part, weight, bias, draw(x.shape, dtype, 5), mask, about_zero=data.draw(st.booleans()))
+    if isinstance(native.fit(x, part, weight, bias, mask), str):
+        return
+    wanted = formula(x, s)
+    for apart in (False, True):
+        found = run(x, s, apart=apart)
+        compare(x, s, wanted, found, f"apart: {apart}")
+        usual = wanted.var > 0
+        close((found.var / wanted.var)[usual], torch.ones(()), 1e-6)
+
+
+def zip_weighted(part: Partition, x: Tensor):
+    split = part.split_shape(x.shape)
+    return [(split[i], i) for i in part.weighted]
+
+
+@with_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_of_more_than_32_bits(dtype, tmp_path):
+    """A few entries, far apart in a file that is mapped and nearly all hole."""
+    far = 2**31 + 24
+    path = tmp_path / "sparse"
+    try:
+        with open(path, "wb") as file:
+            file.truncate(dtype.itemsize * (3 * far))
+        memory = torch.from_file(str(path), shared=True, size=3 * far, dtype=dtype)
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"there is no room for a sparse file: {error}")
+    for pattern, shape, strides in (
+        ("n [c]", (3, 20), (far, 1)),
+        ("[n] c", (3, 20), (far, 1)),
+        ("[n] c l", (3, 4, 5), (far, 5, 1)),
+        ("n [c] l", (3, 4, 5), (far, 5, 1)),
+        ("n [l] c", (3, 4, 5), (5, far // 2, 1)),
+    ):
+        case = Case(pattern, shape, "")
+        x = memory.as_strided(shape, strides)
+        x.copy_(case.input(dtype))
+        s = case.setting(dtype)
+        assert nest_of(x, s)[0].x_strides == strides, "it should not be copied first"
+        compare(x, s, formula(x, s), run(x, s), pattern)
+    bytes_ = memory.view(torch.uint8)[: 2 * far + 64]
+    mask = bytes_.as_strided((3, 20), (far, 1)).view(torch.bool)
+    mask.copy_(draw((3, 20), seed=6) > -0.4)
+    for pattern in ("n [c]", "[n] c"):
+        case = Case(pattern, (3, 20), "")
+        s = case.setting(dtype)._replace(mask=mask)
+        assert nest_of(case.input(dtype), s)[0].mask_strides == (far, 1)
+        compare(case.input(dtype), s, formula(case.input(dtype), s), run(case.input(dtype), s), pattern)
+
+
+# ---- an addition before, an activation behind
+
+
+FOLLOW = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def check_neighbours(x: Tensor, residual: Tensor | None, s: Setting, activation: str | None) -> None:
+    """Against float64 autograd, from the sum as it is rounded."""
+    made, mask = nest_of(x, s)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, residual, s.weight, s.bias)]
+    y, total, _ = native.normalize_with_neighbours(
+        *leaves[:2], s.part, made, *leaves[2:], s.eps, about_zero=s.about_zero, mask=mask, activation=activation
+    )
+    exact = x if residual is None else x + residual
+    assert torch.equal(total, exact)
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in (exact, s.weight, s.bias)]
+    v = s.part.view(wide[0])
+    real = torch.ones_like(v, dtype=torch.bool) if mask is None else s.part.view(mask)
+    n = real.sum(s.part.reduced, keepdim=True).clamp(min=1)
+    mean = torch.where(real, v, 0).sum(s.part.reduced, keepdim=True) / n * (0 if s.about_zero else 1)
+    var = torch.where(real, v - mean, 0).square().sum(s.part.reduced, keepdim=True) / n
+    along = [size if i in s.part.weighted else 1 for i, size in enumerate(v.shape)]
+    z = (v - mean) / (var + s.eps).sqrt()
+    z = z if wide[1] is None else z * wide[1].reshape(along)
+    z = z if wide[2] is None else z + wide[2].reshape(along)
+    z = torch.where(real, z, 0).reshape(x.shape)
+    wanted = FOLLOW[activation](z)
+    accumulator = eps_of(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rounding = 0 if x.dtype in (torch.float32, torch.float64) else 0.505 * eps_of(x.dtype)
+    close(y, wanted, (16 * accumulator + rounding) * max(1, wanted.abs().max().item()))
+    dy = torch.where(z.abs() < 1e-3, 0, s.dy) if activation in ("relu", "leaky_relu") else s.dy  # a step is there
+    outputs, up = ((y, total), (dy, s.dy.flip(0))) if residual is not None else ((y,), (dy,))
+    found = torch.autograd.grad(outputs, [t for t in leaves if t is not None], up)
+    expected = list(torch.autograd.grad(wanted, [t for t in wide if t is not None], dy.double()))
+    if residual is not None:
+        expected[0] = torch.where(real.reshape(x.shape), expected[0], 0) + up[1].double()
+        expected.insert(0, expected[0])
+    for a, b in zip(found, expected, strict=True):
+        half = 0 if a.dtype in (torch.float32, torch.float64) else 0.505 * eps_of(a.dtype)
+        close(a, b, (64 * accumulator + half) * max(1, b.abs().max().item()))
+
+
+@with_extension
+@pytest.mark.parametrize("case", ALL, ids=named)
+def test_an_addition_and_an_activation(case):
+    for i, activation in enumerate(FOLLOW):
+        dtype = DTYPES[i % len(DTYPES)]
+        x, residual, s = case.input(dtype), draw(case.shape, dtype, 10), case.setting(dtype)
+        mask = None if i % 2 else draw(case.shape, seed=11) > -0.5
+        for number in (1, 3):
+            with threads(number):
+                check_neighbours(x, residual, s, activation)
+                check_neighbours(x, None, s, activation)
+        for laid in more_layouts(x).values():
+            check_neighbours(laid, residual, s._replace(mask=mask), activation)
+        check_neighbours(x, x, s, activation)

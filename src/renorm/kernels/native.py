@@ -108,11 +108,6 @@ def usable(x: Tensor) -> bool:
     return why_not(x) is None
 
 
-def _plain(dy: Tensor) -> bool:
-    """Whether a gradient that comes is one: vmap over a backward pass, and `is_grads_batched`, hand in batches."""
-    return usable(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy)
-
-
 def why_not(x: Tensor) -> str | None:
     """The reason against it."""
     if _MODULE is None:
@@ -339,12 +334,10 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, mask = ctx.saved_tensors
         part, made, eps, about_zero, stats = ctx.rest
         wants = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not _plain(dy):  # the gradient is to be differentiated again, or is a batch
+        if _needs_a_graph(dy):
             with torch.enable_grad():
                 x, weight, bias = _apart(x, weight, bias)
-                moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
-                affine = Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
-                y = reference.apply(x, part, affine, weight, bias, mask=mask)
+                y = by_reference(x, part, weight, bias, eps, about_zero, mask)
             return *_gradients(y, dy, (x, weight, bias), wants), None, None, None, None, None, None
         found = gradients(x, dy, made, part, stats, weight, bias, eps, about_zero, mask, wants)
         return *found, None, None, None, None, None, None
@@ -471,7 +464,7 @@ class _Neighbours(torch.autograd.Function):
         y = _empty(x, made)
         total = None if residual is None else _empty(x, made)
         added = None if residual is None else _lying(residual, made.y_strides)
-        w, b = _to_kernel(weight, made, part), _to_kernel(bias, made, part)
+        laid, w, b = _lying(x, made.x_strides), _to_kernel(weight, made, part), _to_kernel(bias, made, part)
         parameter = w if w is not None else b
         _MODULE.forward(
             made.packed,
@@ -482,7 +475,7 @@ class _Neighbours(torch.autograd.Function):
             0 if activation is None else ACTIVATIONS[activation][0],
             _SLOPE,
             eps,
-            _lying(x, made.x_strides).data_ptr(),
+            laid.data_ptr(),
             _address(added),
             _address(total),
             y.data_ptr(),
@@ -509,6 +502,7 @@ class _Neighbours(torch.autograd.Function):
             return dtotal if needs[0] else None, dtotal if needs[1] else None, None, None, *nothing
         if _needs_a_graph(dy) or (dtotal is not None and _needs_a_graph(dtotal)):
             with torch.enable_grad():
+                x, weight, bias = _apart(x, weight, bias)
                 y = activate(by_reference(x, part, weight, bias, eps, about_zero, mask), activation)
             dx, dw, db = _gradients(y, dy, (x, weight, bias), wants)
             if dtotal is not None and dx is not None:
@@ -715,7 +709,7 @@ class _Apply(torch.autograd.Function):
         part, made, about_zero, stats, upstream, affine = ctx.rest
         needs = ctx.needs_input_grad
         zero = torch.zeros_like(mean) if needs[1] else None
-        if torch.is_grad_enabled() or not _plain(dy):
+        if _needs_a_graph(dy):
             with torch.enable_grad():
                 x, scale, center, shift, weight, bias = _apart(x, scale, center, shift, weight, bias)
                 y = reference.apply(x, part, Affine(scale, center, shift), weight, bias, mask=mask)
