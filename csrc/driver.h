@@ -4,6 +4,8 @@ constexpr int64_t kBlock = 2048;            // entries summed in the dtype's acc
 constexpr int64_t kEntriesPerThread = 16384;  // below this a thread costs more than it brings
 constexpr int64_t kCache = 256 * 1024;      // bytes of a panel that is read twice; a part of the usual L2
 
+constexpr int64_t kNear = 16 * 1024;         // the same, for what fits L1
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 

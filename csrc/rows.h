@@ -121,8 +121,9 @@ struct Panels {
         int64_t set_bytes = nest.merge * size.per_cell * bytes_per_entry;
         threads = worth(job, size.cells * size.per_cell);
         few = threads > 1 && !nest.along && size.sets < 4 * threads && size.sets % threads != 0;
-        // Runs of neighbouring cells are contiguous: a panel takes several where one run is short.
-        sets = most(1, least(kCache / most(1, set_bytes), 1024 / nest.merge));
+        // Runs of neighbouring cells are contiguous: a panel takes several where one run is short, but where a cell is
+        // one run it should still be in L1 when it is read again.
+        sets = most(1, least((nest.r0 == 1 ? kNear : kCache) / most(1, set_bytes), 1024 / nest.merge));
         sets = most(1, least(sets, size.sets / threads));
     }
 };

@@ -309,7 +309,7 @@ struct MaskPart {
 // Asks for memory that the next panel reads, while this one is written. Past the end it does nothing.
 RENORM_ALWAYS inline void prefetch(const void* p) {  // GCC takes a call of it for one without effect
 #if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p, 0, 3);
 #else
     (void)p;
 #endif
