@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +25,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_plan import cases
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import renorm as rn
 from renorm.errors import BackendError, ShapeError
-from renorm.kernels import Affine, native, reference
+from renorm.kernels import Affine, native
 from renorm.pattern import Partition, partition
 
-with_extension = pytest.mark.skipif(
-    native.native_module() is None, reason="renorm was installed without its extension"
-)
+with_extension = pytest.mark.skipif(native.native_module() is None, reason="renorm was installed without its extension")
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="what a process has is read from /proc")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -160,9 +163,7 @@ def run(x: Tensor, s: Setting, *, apart: bool = False) -> Found:
         affine = Affine((moments.var + s.eps).rsqrt(), None if s.about_zero else moments.mean)
         y = native.apply(leaves[0], s.part, measured, affine, *leaves[1:], about_zero=s.about_zero)
     else:
-        y, stats = native.normalize(
-            leaves[0], s.part, made, *leaves[1:], s.eps, about_zero=s.about_zero, mask=mask
-        )
+        y, stats = native.normalize(leaves[0], s.part, made, *leaves[1:], s.eps, about_zero=s.about_zero, mask=mask)
         moments = native.moments_of(stats, s.part, made)
     gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], s.dy))
     dx, dw, db = (None if t is None else next(gradients) for t in leaves)
@@ -216,7 +217,9 @@ class Case:
 
 def form(x: Tensor, s: Setting) -> str:
     r0, k1, r1, merge, _, _, along, outer = struct.unpack("=8q", nest_of(x, s)[0].packed[:64])
-    words = [f"{r0}x{k1}x{r1}"] + [f"merge {merge}"] * (merge > 1) + ["along"] * along + [f"outer {outer}"] * (outer > 0)
+    words = (
+        [f"{r0}x{k1}x{r1}"] + [f"merge {merge}"] * (merge > 1) + ["along"] * along + [f"outer {outer}"] * (outer > 0)
+    )
     return ", ".join(words)
 
 
@@ -793,7 +796,7 @@ def test_a_solve_of_ones_own_and_stashed_moments(loss):
         for a, b in zip(gradients, expected, strict=True):
             if b is not None:
                 close(a, b, 1e-11 * max(1, b.abs().max().item()))
-    (twice,) = torch.autograd.grad(gradients[0].square().sum(), x)
+    (twice,) = torch.autograd.grad(gradients[0].square().sum(), x, retain_graph=True)
     (expected_twice,) = torch.autograd.grad(expected[0].square().sum(), x)
     close(twice, expected_twice, 1e-10 * max(1, expected_twice.abs().max().item()))
     found.backward()
@@ -878,7 +881,9 @@ def test_hooks_that_lay_saved_tensors_otherwise():
         x, plain = more_layouts(case.input(torch.float32))["reversed"], case.setting(torch.float32)
         s = plain._replace(mask=masks(case.shape)[kind], weight=torch.stack([plain.weight] * 2, -1)[..., 0])
         for apart in (False, True):
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: t.detach().cpu().numpy().copy(order="C"), torch.from_numpy
+            ):
                 compare(x, s, formula(x, s), run(x, s, apart=apart), kind)
 
 
@@ -898,11 +903,310 @@ def test_an_input_that_is_changed_before_the_backward_is_an_error():
 # ---- what looks at every operation
 
 
-def layers_of_every_way():
-    """(layer, input): one call, and measure and apply apart."""
+def watched_layers():
+    """(layer, input) that run natively where nothing looks on: in one call, masked at times, and with a solve."""
     own, _ = own_case()
-    for layer, shape in ((rn.LayerNorm(7, dtype=torch.float64), (4, 6, 7)), (own, (4, 6, 5, 3))):
-        if isinstance(layer, rn.LayerNorm):
-            layer.backend = "auto"
-            assert layer.numel_is_small if False else True
-        yield layer, draw(shape, torch.float64, 3, mean=1.0)
+    own.backend = "auto"
+    for layer, shape in (
+        (rn.RMSNorm(7, dtype=torch.float64), (4, 6, 7)),
+        (rn.Norm("(k [b]) c [...]", b=2, c=6, running=None, dtype=torch.float64), (4, 6, 5)),
+        (rn.RMSNorm(7, activation="gelu", dtype=torch.float64), (4, 6, 7)),
+        (own, (4, 6, 5, 3)),
+    ):
+        x = draw(shape, torch.float64, 3, mean=1.0)
+        assert layer.kernel(x) == "native"
+        yield layer, x
+
+
+@with_extension
+def test_dispatch_modes_see_every_operation():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    for layer, x in watched_layers():
+        names: list[str] = []
+        expected = layer(x)
+        with Seen():
+            y = layer(x)
+            assert layer.kernel(x) != "native"
+        assert len(names) > 1
+        close(y, expected, 1e-13)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == x.shape
+        traced = make_fx(layer)(x)
+        close(traced(x + 1), layer(x + 1), 1e-13)
+
+
+@with_extension
+def test_function_transforms():
+    for layer, x in watched_layers():
+        dy = draw(x.shape, torch.float64, 4)
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(layer(leaf), leaf, dy)
+        close(torch.func.grad(lambda x, f=layer, dy=dy: (f(x) * dy).sum())(x), dx, 1e-12)
+        stack = torch.stack([x, x + 1, 2 * x])
+        close(torch.vmap(layer)(stack), torch.stack([layer(one) for one in stack]), 1e-13)
+        _, tangent = torch.func.jvp(layer, (x,), (dy,))
+        close((tangent * dy).sum(), (dx * dy).sum(), 1e-10)
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, dy))
+            close(forward_ad.unpack_dual(y).tangent, tangent, 1e-12)
+        many = torch.stack([dy, -dy, 2 * dy])
+        expected = torch.stack([dx, -dx, 2 * dx])
+        y = layer(leaf)
+        (batched,) = torch.autograd.grad(y, leaf, many, is_grads_batched=True, retain_graph=True)
+        close(batched, expected, 1e-12)
+
+        def back(one, y=y, leaf=leaf):
+            return torch.autograd.grad(y, leaf, one, retain_graph=True)[0]
+
+        close(torch.vmap(back)(many), expected, 1e-12)
+
+
+@with_extension
+def test_traced_modules_compute_on_other_inputs():
+    for layer, x in watched_layers():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jit.trace is deprecated
+            traced = torch.jit.trace(layer, x)
+        close(traced(3 * x + 1), layer(3 * x + 1), 1e-13)
+
+
+@with_extension
+def test_other_kinds_of_tensors():
+    class Sub(Tensor):
+        pass
+
+    for layer, x in watched_layers():
+        expected = layer(x)
+        close(layer(x.as_subclass(Sub)).as_subclass(Tensor), expected, 1e-13)
+        with torch.inference_mode():
+            close(layer(x), expected, 1e-13)
+        pair = torch.complex(x, x).conj()
+        assert pair.imag.is_neg()
+        close(layer(pair.imag), layer(-x), 1e-13)
+        leaf = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(torch.complex(leaf, layer(leaf)).conj().imag.sum(), leaf)
+        (expected,) = torch.autograd.grad(-layer(leaf).sum(), leaf)
+        close(found, expected, 1e-12)
+
+
+@with_extension
+def test_another_default_device_is_for_tensors_to_come():
+    for layer, x in watched_layers():
+        x = more_layouts(x)["sliced"]
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf)
+        (expected,) = torch.autograd.grad(y.square().sum(), leaf)
+        with torch.device("meta"):
+            z = layer(leaf)
+            (found,) = torch.autograd.grad(z.square().sum(), leaf)
+        assert torch.equal(y, z)
+        assert torch.equal(found, expected)
+
+
+# ---- processes
+
+
+def python(code: str, **variables: str) -> str:
+    """What a fresh Python prints; the limit is for one that hangs."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RENORM_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**environment, "PYTHONPATH": str(Path(__file__).parent), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+COMPACT = """
+import torch, test_native as t
+print(t.native.status())
+for case in t.ALL:
+    for dtype in t.DTYPES:
+        x, s = case.input(dtype), case.setting(dtype)
+        for number in (1, 2):
+            with t.threads(number):
+                t.compare(x, s, t.formula(x, s), t.run(x, s), t.named(case))
+        t.check_neighbours(x, x.flip(0), s, "gelu")
+        s = s._replace(mask=t.draw(case.shape, seed=5) > -0.5)
+        t.compare(x, s, t.formula(x, s), t.run(x, s), t.named(case) + " masked")
+for arrangement in t.ARRANGEMENTS:
+    t.test_hard_sets_keep_their_digits(240, arrangement, True, False)
+"""
+
+
+@with_extension
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(isa):
+    said = python(COMPACT, RENORM_ISA=isa)
+    ran = re.search(r"native: (\w+) kernels", said).group(1)
+    if ran != isa:
+        pytest.skip(f"this processor, or this build, has {ran}")
+
+
+@with_extension
+@needs_proc
+def test_one_pool_of_threads_that_follows_torch():
+    said = python("""
+import os, torch, renorm
+x, y = torch.randn(64, 64, 40, 40), torch.randn(1 << 20)
+layer = renorm.Norm("n c [...]", c=64, backend="native")
+tasks = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+layer(x).sum().backward()
+print("one:", tasks())
+torch.set_num_threads(3)  # torch may start threads of other pools here, too
+before = tasks()
+layer(x)
+print("more:", tasks() - before)
+y.exp()
+print("shared:", tasks() - before)
+maps = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}
+print("pools:", len([path for path in maps if "libgomp" in path or "libomp" in path or "libiomp" in path]))
+""")
+    if not native.native_module().openmp:
+        pytest.skip("the kernels have been built for one thread")
+    assert "more: 2\n" in said
+    assert "shared: 2\n" in said
+    assert "pools: 1\n" in said
+
+
+@with_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are spawned here")
+def test_a_fork_after_use_computes_the_same():
+    """In the child the pool's threads are gone: a kernel that waited for them would never end."""
+    said = python("""
+import os, sys, torch, test_native as t
+torch.set_num_threads(2)
+case = t.Case("[n] c [...]", (16, 40, 31, 33), "")
+one = t.Case("n c [...]", (1, 1, 500, 700), "")  # one set, which the threads share
+before = [(c.input(torch.float32), c.setting(torch.float32)) for c in (case, one)]
+wanted = [t.formula(x, s) for x, s in before]
+for (x, s), w in zip(before, wanted):
+    t.compare(x, s, w, t.run(x, s))
+child = os.fork()
+found = [t.run(x, s) for x, s in before]
+if child == 0:
+    torch.set_num_threads(1)  # for torch's own operations, of which the comparison is made
+    for (x, s), w, f in zip(before, wanted, found):
+        t.compare(x, s, w, f)
+    grandchild = os.fork()
+    again = t.run(*before[0])
+    ok = t.same(again, t.run(*before[0]))
+    if grandchild == 0:
+        os._exit(0 if ok else 1)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+for (x, s), w, f in zip(before, wanted, found):
+    t.compare(x, s, w, f)
+print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert said.endswith("child: 0\n")
+
+
+@with_extension
+def test_several_python_threads_at_once():
+    work = [
+        (case.input(dtype), case.setting(dtype)) for case in LARGE[::2] for dtype in (torch.float32, torch.bfloat16)
+    ]
+    with threads(2):
+        wanted = [run(x, s) for x, s in work]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                for found, expected in zip(pool.map(lambda pair: run(*pair), work), wanted, strict=True):
+                    assert same(found, expected)
+
+
+# ---- without the extension
+
+
+USE = """
+import torch, renorm
+from renorm.kernels import native
+print(renorm.kernels.status())
+x = torch.randn(64, 32, 20, 20).requires_grad_()
+for layer in (renorm.BatchNorm2d(32), renorm.GroupNorm(4, 32), renorm.RMSNorm(20), renorm.Norm("n [c] ...", c=32)):
+    y = layer(x)
+    y.square().sum().backward()
+    print(layer.kernel(x), bool(y.isfinite().all()))
+print(renorm.LocalResponseNorm(5)(x).shape)
+try:
+    renorm.RMSNorm(20, backend="native")(x)
+except renorm.errors.BackendError as error:
+    print(error)
+"""
+ABSENCES = {
+    "installed without": (
+        """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "renorm.kernels._native":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+""",
+        "renorm was installed without them: no C\\+\\+ compiler was found, or RENORM_NATIVE=0",
+    ),
+    "a library that cannot be loaded": (
+        """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "renorm.kernels._native":
+            raise ImportError("libgomp.so.1: cannot open shared object file")
+sys.meta_path.insert(0, Finder())
+""",
+        "they cannot be loaded: libgomp.so.1: cannot open shared object file",
+    ),
+    "other sources": (
+        """
+import sys, types
+sys.modules["renorm.kernels._native"] = types.SimpleNamespace(interface=0)
+""",
+        "they were built from other sources: install renorm again",
+    ),
+}
+
+
+@pytest.mark.parametrize("absence", ABSENCES)
+def test_without_the_extension_all_works_and_says_so(absence):
+    hide, reason = ABSENCES[absence]
+    said = python(hide + USE)
+    assert re.search(f"native: not available: {reason}\n", said)
+    assert "torch.batch_norm True\n" in said
+    assert "torch.group_norm True\n" in said
+    assert "torch.rms_norm True\n" in said
+    assert re.search(f"backend='native' cannot run here: {reason}; write backend='auto' or 'reference'", said)
+
+
+def test_why_it_is_missing_reaches_the_layer(monkeypatch):
+    monkeypatch.setattr(native, "_MODULE", None)
+    monkeypatch.setattr(native, "_MISSING", "nobody built it")
+    x = torch.randn(3, 5)
+    assert "native: not available: nobody built it" in native.status()
+    assert rn.RMSNorm(5).kernel(x) == "torch.rms_norm"
+    with pytest.raises(BackendError, match="backend='native' cannot run here: nobody built it; write"):
+        rn.RMSNorm(5, backend="native")(x)
+
+
+@with_extension
+def test_reasons_against():
+    """Each names what stands in the way."""
+    part = partition("n [c]", 2, {}, ("c",))
+    x, one = torch.randn(3, 5), torch.ones(5)
+    for arguments, words in (
+        ((torch.zeros(3, 5, dtype=torch.complex64), None, None), "the input is torch.complex64"),
+        ((torch.zeros(3, 5, device="meta"), None, None), "the input is on meta"),
+        ((x, one.to("meta"), None), "the parameters are torch.float32 on meta"),
+        ((x, one.int(), None), "the parameters are torch.int32 on cpu"),
+        ((x, one, one.double()), "weight and bias differ in dtype"),
+        ((torch.zeros(0, 5), one, None), "the input has no entries"),
+    ):
+        assert native.fit(arguments[0], part, *arguments[1:]) == words

@@ -1,15 +1,14 @@
 """Which kernel runs: one function that chooses, and the norm in one call.
 
-The rules, each with the measurement behind it (`benchmarks/bench_select.py`; torch 2.13, CPU, 2 threads, 16x64x56x56):
+The rules, each with the measurement behind it (`benchmarks/results/`; torch 2.13, CPU, 2 threads):
 
-- Torch's own kernel runs wherever it computes the partition exactly: it fuses what the reference does in ten
-  passes (group norm: 0.8 ms against 9.7 forward, 1.9 against 27 with backward).
+- On CPU tensors the native kernels run wherever they are faster than torch's, see `_FASTER`, and for everything
+  torch has no kernel for: masks, a solve of one's own, other patterns.
 - `F.group_norm` never sees a channels_last tensor: it loses precision there (input N(1000, 1): error 1.2e3,
-  contiguous 9e-5). A contiguous copy there and one back are exact and cost about what its channels_last
-  kernel costs with backward (6.4 ms against 5.9), more in a forward alone (3.3 against 0.7).
+  contiguous 9e-5).
 - `F.instance_norm` is never called: it drops channels_last and is slower than `group_norm` with one channel a
   group, which computes the same.
-- Masked input and everything torch has no kernel for run in the reference.
+- Where neither runs, the reference does: other devices, transforms, a missing extension.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def choose(
     if (
         backend == "auto"
         and torch_obstacle is None
-        and (fixed or native.why_not(x) is not None or x.numel() < faster_from(x, by_torch, weight, bias))
+        and (fixed or native.why_not(x) is not None or not faster(x, part, by_torch, weight, bias))
     ):
         return by_torch
     found = native.fit(x, part, weight, bias, mask)
@@ -93,24 +92,29 @@ OWN_SOLVE = "torch has no kernel for a solve of its own"
 # In a traced graph an operator costs some 50 us, and a compiler fuses small norms with their neighbours.
 _TRACED_FROM = 262_144
 
-# From how many entries on the native kernels are faster than torch's: forward alone, and with gradients. Rows
-# "small ..." of benchmarks/results/kernels.csv.
-_FASTER_FROM = {
-    "torch.rms_norm": (0, 0),
-    "torch.layer_norm": (65_536, 400_000),
-    "torch.group_norm": (150_000, 500_000),
-    "torch.batch_norm": (16_384, 400_000),
+_MANY = 1 << 62
+_Spans = tuple[tuple[int, int], ...]
+# Between how many entries the native kernels are faster than torch's: forward alone, and with gradients. Rows
+# "small ..." of benchmarks/results/kernels.csv, and for layer and group norm the sizes between. What is in the cache
+# torch norms as fast; where an output is larger than the allocator keeps (32 MiB), huge pages decide.
+_FASTER: dict[str, tuple[_Spans, _Spans]] = {
+    "torch.rms_norm": (((0, _MANY),), ((0, _MANY),)),
+    "torch.layer_norm": (((65_536, 1_500_000), (32_000_000, _MANY)), ((8_500_000, _MANY),)),
+    "torch.group_norm": (((150_000, 2_000_000), (32_000_000, _MANY)), ((500_000, _MANY),)),
+    "torch.batch_norm": (((16_384, _MANY),), ((400_000, _MANY),)),
 }
 
 
-def faster_from(x: Tensor, by_torch: str, weight: Tensor | None, bias: Tensor | None) -> int:
-    """From how many entries on the native kernels are faster than this one of torch."""
-    learns = native.learns(x, weight, bias)
+def faster(x: Tensor, part: Partition, by_torch: str, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the native kernels are faster than this one of torch."""
+    learns, entries = native.learns(x, weight, bias), x.numel()
     if by_torch == "torch.group_norm" and not x.is_contiguous():
-        return 0  # torch's needs a copy there and one back
+        return True  # torch's needs a copy there and one back
+    if by_torch == "torch.layer_norm" and part.reduced[-1] != len(part.names) - 1:
+        return entries >= 16_384  # so does this
     if by_torch == "torch.batch_norm" and x.is_contiguous() and x.dim() > 2:
-        return 40_000 if learns else 8_192  # torch's own is slow where channels are not last
-    return _FASTER_FROM[by_torch][learns]
+        return entries >= (40_000 if learns else 8_192)  # torch's own is slow where channels are not last
+    return any(low <= entries < high for low, high in _FASTER[by_torch][learns])
 
 
 def _why_not_torch(
