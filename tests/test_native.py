@@ -217,10 +217,8 @@ class Case:
 
 def form(x: Tensor, s: Setting) -> str:
     r0, k1, r1, merge, _, _, along, outer = struct.unpack("=8q", nest_of(x, s)[0].packed[:64])
-    words = (
-        [f"{r0}x{k1}x{r1}"] + [f"merge {merge}"] * (merge > 1) + ["along"] * along + [f"outer {outer}"] * (outer > 0)
-    )
-    return ", ".join(words)
+    words = [f"{r0}x{k1}x{r1}", f"merge {merge}" * (merge > 1), "along" * along, f"outer {outer}" * (outer > 0)]
+    return ", ".join(word for word in words if word)
 
 
 G3, G1, G2 = (("g", 3),), (("g", 1),), (("g", 2),)
@@ -876,14 +874,16 @@ def test_a_backward_in_evaluation_after_running_statistics_have_moved(backend):
 
 @with_extension
 def test_hooks_that_lay_saved_tensors_otherwise():
-    """Offloading to disk gives back contiguous tensors: masks that were expanded, weights that were strided."""
+    """What has been on a disk comes back contiguous: masks that were expanded, weights that were strided."""
+
+    def write(t: Tensor):
+        return t.detach().numpy().copy(order="C")
+
     for case, kind in ((SMALL[1], "but dimension 1"), (SMALL[14], "but the innermost"), (SMALL[10], "samples")):
         x, plain = more_layouts(case.input(torch.float32))["reversed"], case.setting(torch.float32)
         s = plain._replace(mask=masks(case.shape)[kind], weight=torch.stack([plain.weight] * 2, -1)[..., 0])
         for apart in (False, True):
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: t.detach().cpu().numpy().copy(order="C"), torch.from_numpy
-            ):
+            with torch.autograd.graph.saved_tensors_hooks(write, torch.from_numpy):
                 compare(x, s, formula(x, s), run(x, s, apart=apart), kind)
 
 
@@ -1013,9 +1013,10 @@ def test_another_default_device_is_for_tensors_to_come():
 def python(code: str, **variables: str) -> str:
     """What a fresh Python prints; the limit is for one that hangs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RENORM_", "OMP_"))}
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={**environment, "PYTHONPATH": str(Path(__file__).parent), **variables},
+        env={**environment, "PYTHONPATH": os.pathsep.join(folders), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -1113,9 +1114,8 @@ print("child:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @with_extension
 def test_several_python_threads_at_once():
-    work = [
-        (case.input(dtype), case.setting(dtype)) for case in LARGE[::2] for dtype in (torch.float32, torch.bfloat16)
-    ]
+    dtypes = (torch.float32, torch.bfloat16)
+    work = [(case.input(dtype), case.setting(dtype)) for case in LARGE[::2] for dtype in dtypes]
     with threads(2):
         wanted = [run(x, s) for x, s in work]
         with ThreadPoolExecutor(4) as pool:
@@ -1152,7 +1152,7 @@ class Finder:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Finder())
 """,
-        "renorm was installed without them: no C\\+\\+ compiler was found, or RENORM_NATIVE=0",
+        "renorm was installed without them, ",
     ),
     "a library that cannot be loaded": (
         """
@@ -1179,11 +1179,12 @@ sys.modules["renorm.kernels._native"] = types.SimpleNamespace(interface=0)
 def test_without_the_extension_all_works_and_says_so(absence):
     hide, reason = ABSENCES[absence]
     said = python(hide + USE)
-    assert re.search(f"native: not available: {reason}\n", said)
+    (told,) = re.findall("native: not available: (.*)\n", said)
+    assert told.startswith(reason)
     assert "torch.batch_norm True\n" in said
     assert "torch.group_norm True\n" in said
     assert "torch.rms_norm True\n" in said
-    assert re.search(f"backend='native' cannot run here: {reason}; write backend='auto' or 'reference'", said)
+    assert f"backend='native' cannot run here: {told}; write backend='auto' or 'reference'" in said
 
 
 def test_why_it_is_missing_reaches_the_layer(monkeypatch):
