@@ -94,8 +94,8 @@ _TRACED_FROM = 262_144
 
 _MANY = 1 << 62
 _Spans = tuple[tuple[int, int], ...]
-# Between how many entries the native kernels are faster than torch's: forward alone, and with gradients. Rows
-# "small ..." of benchmarks/results/kernels.csv, and for layer and group norm the sizes between. What is in the cache
+# Between how many entries the native kernels are faster than torch's: forward alone, and with gradients, on two
+# cores with AVX-512 (the cases "small ..." of benchmarks/bench_kernels.py, and sizes between). What is in the cache
 # torch norms as fast; where an output is larger than the allocator keeps (32 MiB), huge pages decide.
 _FASTER: dict[str, tuple[_Spans, _Spans]] = {
     "torch.rms_norm": (((0, _MANY),), ((0, _MANY),)),
