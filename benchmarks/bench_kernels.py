@@ -229,6 +229,7 @@ def others_running() -> bool:
 
 def undisturbed(call: Callable[[], object], repeat: int, keep: bool) -> float | None:
     """Seconds of one call, or None where the machine was busy with something else."""
+    call()  # so that each starts from the caches it leaves itself, not from the contender's before it
     busy = others_running()
     start = time.perf_counter()
     for _ in range(repeat):
@@ -325,7 +326,8 @@ def rows_of(case: Case, compiled: bool, seconds: float, keep: bool) -> list[list
         c = statistics.median(times[f"compiled {what}"]) * 1e6 if compiled else 0
         micro = [round(value * 1e6, 1) for value in (t2, t1, t3, r2, r1, r3)]
         floor = case.floor if what == "both" or case.name.startswith("small") else ""
-        kernel = ours.kernel(x.clone().requires_grad_(what == "both")) if hasattr(ours, "kernel") else ""
+        with torch.set_grad_enabled(what == "both"):
+            kernel = ours.kernel(x.clone().requires_grad_(what == "both")) if hasattr(ours, "kernel") else ""
         rows.append(
             [
                 *(case.name, what, case.against, *micro, round(t2 / r2, 2), floor and round(floor, 2)),
@@ -354,20 +356,21 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     module = rn.kernels.native.native_module()
     stamp = [platform.machine(), module.instructions if module else "none", options.threads, torch.__version__]
+    path = Path(__file__).parent / "results" / "kernels.csv"
     rows = []
     for case in [*large(), *small()]:
-        if options.only in case.name:
-            rows += rows_of(case, options.compiled and not case.name.startswith("small"), options.seconds, options.busy)
+        if options.only not in case.name:
+            continue
+        rows += rows_of(case, options.compiled and not case.name.startswith("small"), options.seconds, options.busy)
+        if options.save:
+            with path.open("w", newline="") as file:
+                out = csv.writer(file)
+                out.writerow([*HEAD, "machine", "instructions", "threads", "torch", "commit"])
+                out.writerows([*row, *stamp, commit.strip()] for row in rows)
     ratios = [row[9] for row in rows if row[1] == "both" and not str(row[0]).startswith("small")]
     if ratios:
         mean = statistics.geometric_mean(ratios)
         print(f"geometric mean of {len(ratios)} large cases, forward and backward: {mean:.2f}")
-    if options.save:
-        path = Path(__file__).parent / "results" / "kernels.csv"
-        with path.open("w", newline="") as file:
-            out = csv.writer(file)
-            out.writerow([*HEAD, "machine", "instructions", "threads", "torch", "commit"])
-            out.writerows([*row, *stamp, commit.strip()] for row in rows)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,10 @@ _FASTER: dict[str, tuple[_Spans, _Spans]] = {
 def faster(x: Tensor, part: Partition, by_torch: str, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the native kernels are faster than this one of torch."""
     learns, entries = native.learns(x, weight, bias), x.numel()
-    if by_torch == "torch.group_norm" and not x.is_contiguous():
-        return True  # torch's needs a copy there and one back
+    if by_torch in ("torch.group_norm", "torch.layer_norm") and not x.is_contiguous():
+        return True  # torch's need a copy there and one back
     if by_torch == "torch.layer_norm" and part.reduced[-1] != len(part.names) - 1:
-        return entries >= 16_384  # so does this
+        return entries >= 16_384  # and here
     if by_torch == "torch.batch_norm" and x.is_contiguous() and x.dim() > 2:
         return entries >= (40_000 if learns else 8_192)  # torch's own is slow where channels are not last
     return any(low <= entries < high for low, high in _FASTER[by_torch][learns])

@@ -21,7 +21,8 @@ def mix(moments: Sequence[Moments], mean_weight: Tensor, var_weight: Tensor, eps
     with `mean_weight` a and `var_weight` b, one entry for each of `moments`.
     """
     dtype = moments[0].mean.dtype
-    a, b = mean_weight.to(dtype).softmax(0), var_weight.to(dtype).softmax(0)
-    center = sum((a[k] * m.mean for k, m in enumerate(moments)), start=torch.zeros((), dtype=dtype, device=a.device))
-    var = sum((b[k] * m.var for k, m in enumerate(moments)), start=torch.zeros((), dtype=dtype, device=a.device))
-    return Affine(torch.rsqrt(var + eps), center)
+    a, b = (weights.to(dtype).softmax(0).unbind() for weights in (mean_weight, var_weight))
+    center, var = a[0] * moments[0].mean, b[0] * moments[0].var + eps
+    for k, more in enumerate(moments[1:], 1):
+        center, var = torch.addcmul(center, a[k], more.mean), torch.addcmul(var, b[k], more.var)
+    return Affine(torch.rsqrt(var), center)
