@@ -354,7 +354,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    module = rn.kernels.native.native_module()
+    module = rn.kernels.extension.module()
     stamp = [platform.machine(), module.instructions if module else "none", options.threads, torch.__version__]
     path = Path(__file__).parent / "results" / "kernels.csv"
     rows = []

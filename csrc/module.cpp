@@ -1,6 +1,6 @@
 // The Python module: raw pointers in, the best kernels this processor has. Limited API, so one build serves every
-// CPython from 3.10 on; no torch, so one build serves every torch. kernels/native.py is its only caller and checks
-// what it passes.
+// CPython from 3.10 on; no torch, so one build serves every torch. kernels/extension.py loads it, and the
+// files beside it check what they pass.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
@@ -366,7 +366,7 @@ PyMODINIT_FUNC PyInit__native(void) {
 #else
     const int openmp = 0;
 #endif
-    // `interface` counts changes of the functions' arguments: native.py refuses a build of another one.
+    // `interface` counts changes of the functions' arguments: extension.py refuses a build of another one.
     if (PyModule_AddIntConstant(module, "interface", 1) != 0 || PyModule_AddIntConstant(module, "openmp", openmp) != 0 ||
         PyModule_AddStringConstant(module, "instructions", kernels->name) != 0) {
         Py_DECREF(module);

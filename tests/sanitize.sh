@@ -16,8 +16,8 @@ export LD_PRELOAD
 
 python -c "
 import pathlib, renorm
-from renorm.kernels import native
-assert native.native_module() is not None, native.status()
+from renorm.kernels import extension
+assert extension.module() is not None, extension.status()
 assert pathlib.Path(renorm.__file__).is_relative_to('$target'), renorm.__file__
 "
 # Every loop of the kernels, in every dtype and layout; the other tests go through the same loops.

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from renorm.errors import BackendError, ShapeError
-from renorm.kernels import native
+from renorm.kernels import extension
 from renorm.norms.local import LocalResponseNorm
 
-needs_native = pytest.mark.skipif(native.native_module() is None, reason="renorm was installed without its extension")
+needs_native = pytest.mark.skipif(extension.module() is None, reason="renorm was installed without its extension")
 KERNELS = [pytest.param("native", marks=needs_native), "reference"]
 SHAPES = [(2, 7, 5, 3), (1, 40, 3, 11), (3, 21, 6), (5, 19), (2, 6, 3, 2, 5), (2, 1, 4, 4), (1, 3, 37, 17)]
 SIZES = [1, 2, 3, 4, 5, 9, 12, 30, 101]  # odd and even; larger than the channels; added one by one or not

@@ -15,12 +15,12 @@ from torch import nn
 
 import renorm as rn
 from renorm.errors import BackendError, PatternError, ShapeError, UnknownNormError
-from renorm.kernels import native, select
+from renorm.kernels import extension, select
 from renorm.kernels.moments import Affine
 from renorm.pattern import partition
 
 # The kernels for what torch has none for.
-OWN = "reference" if native.native_module() is None else "native"
+OWN = "reference" if extension.module() is None else "native"
 
 
 @pytest.mark.parametrize(

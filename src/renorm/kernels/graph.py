@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renorm.kernels import native, reference
+from renorm.kernels import fused, native, reference
 from renorm.kernels.moments import Affine, Moments
 from renorm.pattern import Partition, partition
 
@@ -49,7 +49,7 @@ def _normalize(
         y = reference.apply(x, read, Affine(scale, None if about_zero else moments.mean), weight, bias, mask=mask)
         rows = (moments.mean, moments.var, moments.count.expand(moments.mean.shape), scale)
         return _like(y, x), torch.stack(rows).to(torch.float64)
-    y, stats = native.normalize(x, read, made, weight, bias, eps, about_zero=about_zero, mask=mask)
+    y, stats = fused.normalize(x, read, made, weight, bias, eps, about_zero=about_zero, mask=mask)
     assert stats is not None
     return _like(y, x), native.stats_to_view(stats, made, read).contiguous()
 
@@ -84,14 +84,14 @@ def _backward(
         leaf = x.detach().requires_grad_()
         others = [None if t is None else t.detach().requires_grad_() for t in (weight, bias)]
         with torch.enable_grad():
-            y = native.by_reference(leaf, read, others[0], others[1], eps, about_zero, mask)
+            y = fused.by_reference(leaf, read, others[0], others[1], eps, about_zero, mask)
             found = torch.autograd.grad(y, [leaf, *(t for t in others if t is not None)], dy)
         rest = iter(found[1:])
         dw, db = (empty.clone() if t is None else next(rest).contiguous() for t in others)
         return _like(found[0], x), dw, db
     inner = native.stats_to_kernel(list(stats), made, read)
     wants = (True, True, True)
-    dx, *others = native.gradients(x, dy, made, read, inner, weight, bias, eps, about_zero, mask, wants)
+    dx, *others = fused.gradients(x, dy, made, read, inner, weight, bias, eps, about_zero, mask, wants)
     assert dx is not None
     dw, db = (empty.clone() if t is None else t.contiguous() for t in others)
     return _like(dx, x), dw, db
@@ -139,7 +139,7 @@ def normalize(
     about_zero: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """`native.normalize` inside a graph, `text` being `to_text(part)`; and the moments, without a gradient."""
+    """`fused.normalize` inside a graph, `text` being `to_text(part)`; and the moments, without a gradient."""
     y, stats = _normalize(x, weight, bias, mask, text, eps, about_zero)
     mean, var, count, _ = stats.detach()
     return y, Moments(count, mean, var, part.names)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from renorm.errors import BackendError
-from renorm.kernels import aten, native, reference
+from renorm.kernels import aten, extension, fused, native, reference
 from renorm.kernels.moments import Affine, Moments
 from renorm.pattern import Partition
 from renorm.plan import Plan
@@ -64,7 +64,7 @@ def choose(
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
-    traced = torch.compiler.is_compiling() and native.traceable(x) and obstacle != OWN_SOLVE
+    traced = torch.compiler.is_compiling() and extension.traceable(x) and obstacle != OWN_SOLVE
     if traced and (backend == "native" or (backend == "auto" and not fixed and x.numel() >= _TRACED_FROM)):
         return "native"
     torch_obstacle = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
@@ -76,7 +76,7 @@ def choose(
     if (
         backend == "auto"
         and torch_obstacle is None
-        and (fixed or native.why_not(x) is not None or not faster(x, part, by_torch, weight, bias))
+        and (fixed or extension.why_not(x) is not None or not faster(x, part, by_torch, weight, bias))
     ):
         return by_torch
     found = native.fit(x, part, weight, bias, mask)
@@ -167,7 +167,7 @@ def normalize(
     if kernel == "native":
         made = native.fit(x, part, weight, bias, mask)
         assert not isinstance(made, str)
-        y, stats = native.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
+        y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
         assert stats is not None
         return y, native.moments_of(stats, part, made)
     moments = reference.measure(x, part, mask=mask, about_zero=about_zero)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import BackendError, ShapeError
-from renorm.kernels import native, select
+from renorm.kernels import extension, select
 
 __all__ = ["LocalResponseNorm"]
 
@@ -66,7 +66,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
             return "torch.local_response_norm"
         if backend == "reference" or x.numel() == 0:
             return "reference"
-        if native.usable(x):
+        if extension.usable(x):
             return "native"
         if backend == "native":
             raise BackendError(
@@ -127,8 +127,8 @@ def _native(x: Tensor, dy: Tensor | None, window: _Window) -> Tensor:
     batch, channels = x.shape[:2]
     positions = x.numel() // (batch * channels)
     out = torch.empty_like(x)
-    native.native_module().local(
-        native.DTYPES[x.dtype],
+    extension.module().local(
+        extension.DTYPES[x.dtype],
         torch.get_num_threads(),
         batch,
         channels,
@@ -158,7 +158,7 @@ class _Native(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         again = torch.is_grad_enabled()  # the gradient is to be differentiated itself
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
-        if not again and not batched and native.usable(dy):
+        if not again and not batched and extension.usable(dy):
             return _native(x, dy, ctx.window), None
         with torch.enable_grad():
             leaf = x if again else x.detach().requires_grad_()

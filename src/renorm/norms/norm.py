@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import PatternError, ShapeError, UnknownNormError
-from renorm.kernels import aten, graph, native, reference, select
+from renorm.kernels import apart, aten, extension, fused, graph, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest
 from renorm.norms import running as running_statistics
@@ -229,7 +229,7 @@ class Norm(nn.Module):
         if together and self._choose(x, bound, real) == "native":
             made = native.fit(x, bound.part, weight, bias, real)
             assert not isinstance(made, str)
-            y, total, stats = native.normalize_with_neighbours(
+            y, total, stats = fused.normalize_with_neighbours(
                 x,
                 residual,
                 bound.part,
@@ -273,7 +273,7 @@ class Norm(nn.Module):
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
             assert not isinstance(made, str)
-            y, stats = native.normalize(x, part, made, weight, bias, eps, about_zero=not self.center, mask=mask)
+            y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=not self.center, mask=mask)
             if running is not None:
                 assert stats is not None
                 self._track_natively(stats, made, bound)
@@ -323,10 +323,10 @@ class Norm(nn.Module):
                 return None
             y = torch.batch_norm(x, weight, bias, mean, buffers["running_var"], False, 0.0, way.eps, True)
         elif way.made is not None:
-            if native.why_not(x) is not None:
+            if extension.why_not(x) is not None:
                 return None
             tracked = mean is not None and self.track_running_stats
-            y, stats = native.normalize(
+            y, stats = fused.normalize(
                 x, way.bound.part, way.made, weight, bias, way.eps, about_zero=not self.center, wants_stats=tracked
             )
             if tracked:
@@ -338,7 +338,7 @@ class Norm(nn.Module):
             y = way.direct(x, weight, bias, way.eps)
         elif way.running is not None and way.running[0] is mean and not running_statistics.recomputing():
             batches = buffers["num_batches_tracked"]
-            y = native.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
+            y = extension.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
         else:
             return None
         self._remember(way.kernel)
@@ -364,7 +364,9 @@ class Norm(nn.Module):
             return general
         direct = aten.direct(x, part, kernel.removeprefix("torch."), self.weight, self.bias)
         running, batches = self._running(), self.num_batches_tracked
-        moves = running is not None and native.tracks(running, batches) and self.unbiased and bound.running == part.kept
+        moves = (
+            running is not None and extension.tracks(running, batches) and self.unbiased and bound.running == part.kept
+        )
         moves = moves and (self.momentum is not None or batches is not None)
         return _Way(kernel, bound, eps, direct=direct, running=running if moves else None)
 
@@ -373,9 +375,9 @@ class Norm(nn.Module):
         running, batches = self._running(), self.num_batches_tracked
         assert running is not None
         one_each = bound.running == bound.part.kept and made.in_order
-        if one_each and (batches is not None or self.momentum is not None) and native.tracks(running, batches):
+        if one_each and (batches is not None or self.momentum is not None) and extension.tracks(running, batches):
             if not running_statistics.recomputing():
-                native.track(stats, running, batches, self.momentum, unbiased=self.unbiased)
+                extension.track(stats, running, batches, self.momentum, unbiased=self.unbiased)
         else:
             self._track(running, native.moments_of(stats, bound.part, made), bound)
 
@@ -384,8 +386,8 @@ class Norm(nn.Module):
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
             assert not isinstance(made, str)
-            moments, measured = native.measure(x, part, made, mask=mask, about_zero=about_zero)
-            return native.apply(x, part, measured, self.solve(moments), weight, bias, about_zero=about_zero)
+            moments, measured = apart.measure(x, part, made, mask=mask, about_zero=about_zero)
+            return apart.apply(x, part, measured, self.solve(moments), weight, bias, about_zero=about_zero)
         moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
         return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
 
@@ -537,8 +539,8 @@ class Norm(nn.Module):
         if kernel == "native":
             made = native.fit(x, bound.part, self.weight, self.bias, mask)
             assert not isinstance(made, str)
-            measured = native.given(mean, var, bound.part, made, mask)
-            return native.apply(x, bound.part, measured, affine, self.weight, self.bias)
+            measured = apart.given(mean, var, bound.part, made, mask)
+            return apart.apply(x, bound.part, measured, affine, self.weight, self.bias)
         return reference.apply(x, bound.part, affine, self.weight, self.bias, mask=mask)
 
     def _running_moments(self, bound: _Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
