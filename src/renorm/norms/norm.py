@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from renorm.kernels.nest import Nest
 from renorm.norms import running as running_statistics
 from renorm.pattern import Partition, Pattern, parse, partition
 from renorm.plan import Plan, plan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Norm"]
 
@@ -102,6 +105,7 @@ class Norm(nn.Module):
     num_batches_tracked: Tensor | None
     frozen: bool = False
     activation: str | None = None
+    by_running: ClassVar[bool] = False  # a solve of one's own is left out where running statistics are used
     track_running_stats: bool
 
     def __init__(
@@ -117,6 +121,7 @@ class Norm(nn.Module):
         unbiased: bool = True,
         one_value: OneValue | None = None,
         activation: str | None = None,
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -150,6 +155,7 @@ class Norm(nn.Module):
             unbiased=unbiased,
             one_value=one_value or ("raise" if kept else "allow"),
             activation=activation,
+            process_group=process_group,
             backend=backend,
         )
 
@@ -164,6 +170,7 @@ class Norm(nn.Module):
         unbiased: bool = True,
         one_value: OneValue = "allow",
         activation: str | None = None,
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         """Say which norm this is; a mapping gives a pattern for each rank (torch's unbatched inputs)."""
@@ -185,10 +192,10 @@ class Norm(nn.Module):
         self.sizes = dict(sizes)
         self._weight_axes = weight
         self._running_axes = running
-        self._plain = type(self).solve is Norm.solve
         self._kernel = ""  # that ran last, for repr
         self._bounds: dict[int, _Bound] = {}
         self._ways: dict[Any, _Way] = {}
+        self.process_group = process_group
         # Bound ahead of the first call, so that a compiler meets finished plans only.
         if isinstance(pattern, str):
             least = parse(pattern).least_rank
@@ -248,7 +255,20 @@ class Norm(nn.Module):
         total = x if residual is None else x + residual
         return native.activate(self._normalize(total, mask), self.activation), total
 
-    def _normalize(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes whose batches are one batch to this layer; None for this process alone."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        self._process_group = group
+        # Whether the moments of each set, as they are, standardize it: nothing is to be solved.
+        self._plain = type(self).solve is Norm.solve and group is None
+        self._ways.clear()
+
+    def _normalize(self, x: Tensor, mask: Tensor | None, *context: Any) -> Tensor:
+        """`context` is handed to `solve`, behind the moments."""
         if mask is None and self._plain and not torch.compiler.is_compiling():
             y = self._quickly(x)
             if y is not None:
@@ -258,12 +278,12 @@ class Norm(nn.Module):
         if mask is not None:
             mask = _expand(mask, x)
         weight, bias, eps = self.weight, self.bias, self._eps(x)
-        if self._plain and self._uses_running(part, x):
+        if (self._plain or self.by_running) and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
         self._remember(kernel)
         if not self._plain:
-            return self._solved(x, part, kernel, mask)
+            return self._solved(x, part, kernel, mask, *context)
         running = self._running()
         if kernel == "native" and torch.compiler.is_compiling():
             y, found = graph.normalize(x, part, bound.text, weight, bias, eps, about_zero=not self.center, mask=mask)
@@ -381,21 +401,31 @@ class Norm(nn.Module):
         else:
             self._track(running, native.moments_of(stats, bound.part, made), bound)
 
-    def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None) -> Tensor:
+    def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None, *context: Any) -> Tensor:
         weight, bias, about_zero = self.weight, self.bias, not self.center
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
             assert not isinstance(made, str)
             moments, measured = apart.measure(x, part, made, mask=mask, about_zero=about_zero)
-            return apart.apply(x, part, measured, self.solve(moments), weight, bias, about_zero=about_zero)
+            return apart.apply(x, part, measured, self.solve(moments, *context), weight, bias, about_zero=about_zero)
         moments = reference.measure(x, part, mask=mask, about_zero=about_zero)
-        return reference.apply(x, part, self.solve(moments), weight, bias, mask=mask)
+        return reference.apply(x, part, self.solve(moments, *context), weight, bias, mask=mask)
 
-    def solve(self, moments: Moments) -> Affine:
+    def measure(self, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """The moments of each set of `x`, differentiable, with 1 on the averaged axes."""
+        bound, about_zero = self._bound(x), not self.center
+        real = None if mask is None else _expand(mask, x)
+        if self.backend != "reference":
+            made = native.fit(x, bound.part, None, None, real)
+            if not isinstance(made, str):
+                return apart.measure(x, bound.part, made, mask=real, about_zero=about_zero)[0]
+        return reference.measure(x, bound.part, mask=real, about_zero=about_zero)
+
+    def solve(self, moments: Moments, *context: Any) -> Affine:
         """From the moments of each set to the scale, center and shift that are applied to it.
 
         A norm of your own overrides this: ordinary differentiable torch code on tensors the size of the
-        statistics. `batch_moments` brings in running statistics.
+        statistics. `batch_moments` brings in running statistics, and the other processes' batches.
         """
         return select.standardize(moments, self._eps(moments.mean), about_zero=not self.center)
 

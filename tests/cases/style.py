@@ -1,0 +1,5 @@
+"""Cases of a family of norms."""
+
+from checks import Case
+
+CASES: list[Case] = []
