@@ -24,7 +24,7 @@ from renorm.norms.zoo import (
     SwitchNorm2d,
     SwitchNorm3d,
 )
-from renorm.surgery import freeze, swap, unfreeze
+from renorm.surgery import freeze, swap, sync, unfreeze, unsync
 
 if TYPE_CHECKING:
     from renorm.comparison import Comparison, compare
@@ -56,7 +56,9 @@ __all__ = [
     "freeze",
     "kernels",
     "swap",
+    "sync",
     "unfreeze",
+    "unsync",
 ]
 
 # Names whose modules import plotting, tables or process pools: loaded at first use.

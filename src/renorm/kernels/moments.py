@@ -45,12 +45,14 @@ class Moments:
         The layer-norm moments of ``n c [...]`` are ``merge("c")``, the batch-norm moments ``merge("n")``.
         """
         dims = tuple(self.names.index(name) for name in names)
-        if self.count.numel() == 1:  # without a mask every set has the same count
+        sets = math.prod([self.mean.shape[dim] for dim in dims])
+        if self.count.numel() == 1 and sets != 0:  # without a mask every set has the same count
             mean = self.mean.mean(dims, keepdim=True)
             var = (self.var + (self.mean - mean).square()).mean(dims, keepdim=True)
-            return Moments(self.count * math.prod([self.mean.shape[dim] for dim in dims]), mean, var, self.names)
-        total = self.count.sum(dims, keepdim=True)
-        weight = self.count / total.clamp(min=1)
+            return Moments(self.count * sets, mean, var, self.names)
+        count = self.count.expand(self.mean.shape)
+        total = count.sum(dims, keepdim=True)
+        weight = count / total.clamp(min=1)
         mean = (weight * self.mean).sum(dims, keepdim=True)
         var = (weight * (self.var + (self.mean - mean).square())).sum(dims, keepdim=True)
         return Moments(total, mean, torch.where(total > 0, var, 1), self.names)

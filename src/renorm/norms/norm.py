@@ -15,6 +15,7 @@ from renorm.kernels import apart, aten, extension, fused, graph, native, referen
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest
 from renorm.norms import running as running_statistics
+from renorm.norms import sync
 from renorm.pattern import Partition, Pattern, parse, partition
 from renorm.plan import Plan, plan
 
@@ -71,6 +72,8 @@ class Norm(nn.Module):
         unbiased: whether the running variance is divided by n - 1, as torch does, or n, as Keras does.
         one_value: a set of one entry has no variance. ``"raise"`` refuses it (the default with running
             statistics), ``"running"`` uses the running statistics for this batch, ``"allow"`` gives `bias`.
+        process_group: processes whose batches are one batch (``torch.distributed.group.WORLD`` for all of them): the
+            moments of all are merged exactly, whatever the sizes. For norms that average over the first dimension.
         activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` or ``"silu"`` behind the norm, in one pass
             where a kernel can.
         backend: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it
@@ -262,10 +265,23 @@ class Norm(nn.Module):
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | None) -> None:
+        if group is not None and not self.couples_batch:
+            raise PatternError(
+                "a process group merges batches, and this norm has statistics for each sample: leave process_group out",
+                self.pattern,
+                0,
+                len(self.pattern),
+            )
         self._process_group = group
         # Whether the moments of each set, as they are, standardize it: nothing is to be solved.
         self._plain = type(self).solve is Norm.solve and group is None
+        self._by_running = type(self).solve is Norm.solve or self.by_running
         self._ways.clear()
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether samples of a batch share statistics, so that it matters which other samples are in it."""
+        return any(axis.reduced for axis in parse(self.pattern).dims[0])
 
     def _normalize(self, x: Tensor, mask: Tensor | None, *context: Any) -> Tensor:
         """`context` is handed to `solve`, behind the moments."""
@@ -278,7 +294,7 @@ class Norm(nn.Module):
         if mask is not None:
             mask = _expand(mask, x)
         weight, bias, eps = self.weight, self.bias, self._eps(x)
-        if (self._plain or self.by_running) and self._uses_running(part, x):
+        if self._by_running and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
         self._remember(kernel)
@@ -427,12 +443,19 @@ class Norm(nn.Module):
         A norm of your own overrides this: ordinary differentiable torch code on tensors the size of the
         statistics. `batch_moments` brings in running statistics, and the other processes' batches.
         """
+        if self.process_group is not None:  # Else the statistics are tracked by the kernels' side.
+            moments = self.batch_moments(moments)
         return select.standardize(moments, self._eps(moments.mean), about_zero=not self.center)
 
     def batch_moments(self, batch: Moments) -> Moments:
-        """Remember `batch` and return it in training; return the running moments in evaluation."""
+        """The moments of the whole batch, remembered, in training; the running moments in evaluation.
+
+        The whole batch is that of all processes where there is a `process_group`.
+        """
         bound = next(bound for bound in self._bounds.values() if bound.part.names == batch.names)
         if self.running_mean is None or self._learns():
+            if self.process_group is not None:
+                batch = sync.merge(batch, self.process_group)
             running = self._running()
             if running is not None:
                 self._track(running, batch, bound)
@@ -453,7 +476,7 @@ class Norm(nn.Module):
         bound = self._bound(x)
         if mask is not None:
             mask = _expand(mask, x)
-        if self._plain and self._uses_running(bound.part, x):
+        if self._by_running and self._uses_running(bound.part, x):
             return self._choose_fixed(x, bound, mask)
         return self._choose(x, bound, mask)
 
@@ -462,7 +485,12 @@ class Norm(nn.Module):
         return plan(self._bound(x).part, x.shape, x.stride())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ways": {}}  # found out again by a copy
+        group = self._process_group  # goes by its name
+        return {**self.__dict__, "_ways": {}, "_process_group": None if group is None else group.group_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.process_group = sync.named(state["_process_group"])
 
     def extra_repr(self) -> str:
         """The pattern, what is particular to this layer, and the kernel that ran last."""
@@ -506,7 +534,7 @@ class Norm(nn.Module):
     def _uses_running(self, part: Partition, x: Tensor) -> bool:
         if self.running_mean is not None and not self._learns():
             return True
-        if self.one_value == "allow":
+        if self.one_value == "allow" or self.process_group is not None:  # other processes may have more
             return False
         if self._set_size(part, x) != 1:
             return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms.norm import Norm, OneValue
 from renorm.norms.solve import mix
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "BatchNorm",
@@ -57,6 +60,7 @@ class _Batch(Norm, TorchBatchNorm):
         unbiased: bool = True,
         one_value: OneValue = "raise",
         activation: str | None = None,
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(
@@ -69,6 +73,7 @@ class _Batch(Norm, TorchBatchNorm):
             unbiased=unbiased,
             one_value=one_value,
             activation=activation,
+            process_group=process_group,
             backend=backend,
         )
 
@@ -87,7 +92,7 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}} \\cdot \\text{weight} + \\text{bias}$$
 
     over everything but the channels; running statistics in evaluation. Arguments as `torch.nn.BatchNorm1d`, then
-    `unbiased`, `one_value`, `activation` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
+    `unbiased`, `one_value`, `activation`, `process_group` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
 
     >>> BatchNorm1d(2, affine=False)(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     tensor([[-1.0000, -1.0000],
@@ -337,6 +342,7 @@ class SwitchNorm(Norm):
         *,
         axis: int = 1,
         partitions: Sequence[str] = ("instance", "layer", "batch"),
+        process_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         patterns = {1: "n c [...]", -1: "n [...] c"}
@@ -361,8 +367,23 @@ class SwitchNorm(Norm):
         self.num_features = num_features
         self.affine = affine
         self.partitions = tuple(partitions)
+        self.process_group = process_group
         self.mean_weight = nn.Parameter(torch.ones(len(partitions), device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(len(partitions), device=device, dtype=dtype))
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether batch statistics are among the mixed ones."""
+        return "batch" in self.partitions
+
+    def mixture(self) -> dict[str, tuple[float, float]]:
+        """How much of the mean and of the variance comes from each partition: two columns that sum to 1.
+
+        >>> SwitchNorm(3, partitions=("layer", "batch")).mixture()
+        {'layer': (0.5, 0.5), 'batch': (0.5, 0.5)}
+        """
+        shares = [weight.detach().float().softmax(0).tolist() for weight in (self.mean_weight, self.var_weight)]
+        return dict(zip(self.partitions, zip(*shares, strict=True), strict=True))
 
     def solve(self, moments: Moments) -> Affine:
         """Mix the moments of the partitions; all of them come from the one pass that measured the instances."""
