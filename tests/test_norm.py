@@ -530,3 +530,19 @@ def test_a_sum_that_is_not_used_and_an_activation_that_does_not_exist():
     assert "activation='silu'" in repr(rn.GroupNorm(2, 4, activation="silu"))
     with pytest.raises(UnknownNormError, match="one of relu, leaky_relu, gelu, silu; got 'swish'"):
         rn.LayerNorm(6, activation="swish")
+
+
+def test_recoveries():
+    linear = rn.Norm("... [c]", c=4, recover="linear")
+    x = torch.randn(3, 4)
+    assert torch.allclose(linear(x), rn.LayerNorm(4)(x), atol=1e-6)  # at first the identity
+    assert [name for name, _ in linear.named_parameters()] == ["recover.weight", "recover.bias"]
+    assert not list(rn.Norm("... [c]", c=4, recover="none").parameters())
+    assert rn.Norm("n c [...]", recover="none")(torch.randn(2, 3, 5)).shape == (2, 3, 5)
+    y, total = rn.Norm("... [c]", c=4, recover="linear", activation="relu").add(x, x)
+    assert torch.equal(total, 2 * x)
+    assert torch.allclose(y, rn.LayerNorm(4)(2 * x).relu(), atol=1e-6)
+    with pytest.raises(UnknownNormError, match="recover is one of affine, none, linear, mlp, or a module; got 'mpl'"):
+        rn.Norm("... [c]", c=4, recover="mpl")
+    with pytest.raises(PatternError, match="pass its size, c="):
+        rn.Norm("... [c]", recover="linear")

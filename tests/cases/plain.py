@@ -69,6 +69,23 @@ def switched(names, eps=1e-5):
     return formula
 
 
+def recovered(dims, recovery):
+    """The formula of a norm over `dims` with `recovery` of (channels last, the layer's module) behind it."""
+
+    def formula(layer, x, mask):
+        mean, var = moments(x, dims, mask)
+        y = (x - mean) / (var + 1e-5).sqrt()
+        return recovery(y if mask is None else torch.where(mask, y, 0), layer.recover).movedim(-1, 1)
+
+    return formula
+
+
+def two_layers(y, mlp):
+    hidden = y.movedim(1, -1) @ mlp[0].weight.double().T + mlp[0].bias.double()
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    return hidden @ mlp[2].weight.double().T + mlp[2].bias.double()
+
+
 IMAGE, VOLUME, SEQUENCE, VECTOR = (5, 6, 4, 7), (4, 6, 2, 3, 5), (5, 6, 9), (7, 6)
 ALL = {"instance": (2, 3), "batch": (0, 2, 3)}
 NO_STATISTICS = {"evaluation": "without running statistics the batch decides, in evaluation too"}
@@ -179,5 +196,32 @@ CASES = [
             "compile_dynamic": "not every batch size is a multiple of the ghost batch",
             "export": "not every batch size is a multiple of the ghost batch",
         },
+    ),
+    Case(
+        "Norm-instance-linear",
+        lambda: rn.Norm("n c [...]", c=6, recover="linear"),
+        IMAGE,
+        recovered((2, 3), lambda y, r: y.movedim(1, -1) @ r.weight.double().T + r.bias.double()),
+    ),
+    Case(
+        "Norm-layer-mlp",
+        lambda: rn.Norm("n [c] ...", c=6, recover="mlp"),
+        IMAGE,
+        recovered((1,), two_layers),
+    ),
+    Case(
+        "Norm-group-linear",
+        lambda: rn.Norm("n (g [c]) [...]", g=1, c=6, recover="linear"),
+        IMAGE,
+        recovered((1, 2, 3), lambda y, r: y.movedim(1, -1) @ r.weight.double().T + r.bias.double()),
+    ),
+    Case(
+        "Norm-batch-module",
+        lambda: rn.Norm("[n] c [...]", c=6, recover=nn.PReLU(6)),
+        IMAGE,
+        recovered((0, 2, 3), lambda y, r: torch.where(y > 0, y, y * r.weight.double().view(-1, 1, 1)).movedim(1, -1)),
+        None,
+        True,
+        {"half_with_float32_parameters": "the module decides, and torch's PReLU refuses mixed dtypes"},
     ),
 ]

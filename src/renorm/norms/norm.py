@@ -14,6 +14,7 @@ from renorm.errors import PatternError, ShapeError, UnknownNormError
 from renorm.kernels import apart, aten, extension, fused, graph, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.kernels.nest import Nest
+from renorm.norms import recover as recovery
 from renorm.norms import running as running_statistics
 from renorm.norms import sync
 from renorm.pattern import Partition, Pattern, parse, partition
@@ -65,6 +66,8 @@ class Norm(nn.Module):
         weight: names of the axes that `weight` and `bias` run along, None for neither. By default those of the
             dimension that holds the axis ``c``.
         bias: False leaves the bias out.
+        recover: what stands behind the standardized values: ``"affine"``, weight and bias; ``"none"``; ``"linear"``, a
+            matrix and a bias over the channels; ``"mlp"``, two of these with a GELU between; or a module of your own.
         center: False divides by the root mean square and subtracts nothing (RMS norm).
         running: names of the kept axes along which running statistics are kept for evaluation, None for no such
             statistics. By default the kept axes that are weighted, if the first dimension is averaged over.
@@ -108,6 +111,7 @@ class Norm(nn.Module):
     num_batches_tracked: Tensor | None
     frozen: bool = False
     activation: str | None = None
+    _recovers: bool = False
     by_running: ClassVar[bool] = False  # a solve of one's own is left out where running statistics are used
     track_running_stats: bool
 
@@ -118,6 +122,7 @@ class Norm(nn.Module):
         eps: float | None = 1e-5,
         weight: str | None = "auto",
         bias: bool = True,
+        recover: str | nn.Module = "affine",
         center: bool = True,
         running: str | None = "auto",
         momentum: float | None = 0.1,
@@ -132,10 +137,11 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         read = parse(pattern)
-        weighted = _weighted_axes(read, weight)
-        kept = _running_axes(read, weighted, running)
+        channels = _weighted_axes(read, weight)
+        kept = _running_axes(read, channels, running)
+        weighted = channels if recover == "affine" else ()
         read.check_sizes(sizes)
-        for name in dict.fromkeys(weighted + kept):
+        for name in dict.fromkeys((() if recover == "none" else channels) + kept):
             if name not in sizes:
                 read.fail(name, f"the parameters run along {name!r}: pass its size, {name}=...")
         self.eps = eps
@@ -161,6 +167,10 @@ class Norm(nn.Module):
             process_group=process_group,
             backend=backend,
         )
+        self.recover = recovery.build(recover, math.prod(sizes.get(name, 1) for name in channels), **factory)
+        self._channels = channels
+        self._recovers = self.recover is not None
+        self._given_recovery = isinstance(recover, nn.Module)
 
     def _define(
         self,
@@ -217,7 +227,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
-        if self.activation is not None:
+        if self.activation is not None or self._recovers:
             return self._with_neighbours(x, None, mask)[0]
         return self._normalize(x, mask)
 
@@ -233,7 +243,8 @@ class Norm(nn.Module):
     def _with_neighbours(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         bound = self._bound(x)
         weight, bias = self.weight, self.bias
-        together = self._plain and not torch.compiler.is_compiling() and not self._uses_running(bound.part, x)
+        together = self._plain and not self._recovers and not torch.compiler.is_compiling()
+        together = together and not self._uses_running(bound.part, x)
         together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
         real = None if mask is None else _expand(mask, x)
         if together and self._choose(x, bound, real) == "native":
@@ -256,7 +267,18 @@ class Norm(nn.Module):
                 self._track_natively(stats, made, bound)
             return y, total
         total = x if residual is None else x + residual
-        return native.activate(self._normalize(total, mask), self.activation), total
+        y = self._normalize(total, mask)
+        if self._recovers:
+            y = self._recovered(y, bound.part, real)
+        return native.activate(y, self.activation), total
+
+    def _recovered(self, y: Tensor, part: Partition, mask: Tensor | None) -> Tensor:
+        assert self.recover is not None
+        if self._given_recovery:
+            y = self.recover(y)
+        else:
+            y = recovery.over_channels(self.recover, y, part.dims[part.names.index(self._channels[0])])
+        return y if mask is None else torch.where(mask, y, 0)
 
     @property
     def process_group(self) -> ProcessGroup | None:
