@@ -3,6 +3,7 @@
 import cases
 import checks
 import pytest
+import table_of_checks
 from torch import nn
 
 import renorm as rn
@@ -12,7 +13,7 @@ PAIRS = [
     pytest.param(case, check, id=f"{case.name}-{name}")
     for case in cases.ALL
     for name, check in checks.CHECKS.items()
-    if name not in case.exempt and (case.twin is not None or name != "torch_twin")
+    if table_of_checks.applies(case, name)
 ]
 
 
@@ -41,3 +42,8 @@ def test_every_public_layer_is_checked():
     }
     # LocalResponseNorm has no sets, no mask and no parameters: test_local.py.
     assert layers - {"SwitchNorm", "LocalResponseNorm"} <= tested
+
+
+def test_the_table_is_what_was_checked():
+    found = table_of_checks.PAGE.read_text(encoding="utf-8")
+    assert found == table_of_checks.table(), "write it again: python tests/table_of_checks.py"
