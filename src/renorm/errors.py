@@ -5,6 +5,7 @@ __all__ = [
     "DataError",
     "PatternError",
     "RenormError",
+    "RuleError",
     "ShapeError",
     "StudyError",
     "SwapError",
@@ -65,3 +66,7 @@ class DataError(RenormError, ValueError):
 
 class StudyError(RenormError, ValueError):
     """A study's settings are wrong: an unknown key, an empty axis, a value out of range."""
+
+
+class RuleError(RenormError, ValueError):
+    """A diagnostic rule cannot be registered, or `check` was given what it cannot run."""

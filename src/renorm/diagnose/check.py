@@ -1,0 +1,77 @@
+"""`check`: one batch, before training, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from renorm.diagnose import rules as _rules  # noqa: F401 (fills the catalogue)
+from renorm.diagnose.catalogue import RULES
+from renorm.diagnose.evidence import gather, preserved
+from renorm.diagnose.finding import Finding, Report, ordered
+from renorm.errors import RuleError
+
+__all__ = ["check"]
+
+
+def check(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    batch: Any = None,
+    loader: Iterable[Any] | None = None,
+    *,
+    ignore: Collection[str] = (),
+) -> Report:
+    """Look for mistakes on one batch, before training: values first, then the module to blame.
+
+    Args:
+        model: any module, as it will be trained: in training mode.
+        loss: of (output, target), or of the output alone where the batch has no target. None where the model returns
+            its loss, as a number or in ``output.loss``.
+        optimizer: as it will be used.
+        batch: what the loader gives: (x, y); (x1, x2, ..., y) or ((x1, x2), y) for several inputs; a dict of the
+            model's arguments.
+        loader: gives the batch where there is none, and the size of the last one.
+        ignore: ids or slugs of rules to leave out.
+
+    Nothing stays changed: parameters, buffers, gradients, modes and random numbers are put back bit for bit. What the
+    model or the loss raises is a finding. A rule that fails itself is named in ``report.failures``.
+
+    Raises RuleError without a batch and for an unknown rule in `ignore`.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    >>> report = check(model, nn.CrossEntropyLoss(), batch=(torch.randn(8, 4), torch.randint(3, (8,))))
+    >>> [finding.slug for finding in report.errors]
+    ['softmax-before-cross-entropy']
+    """
+    unknown = set(ignore) - {name for rule in RULES.values() for name in (rule.id, rule.slug)}
+    if unknown:
+        raise RuleError(f"there is no rule {', '.join(sorted(unknown))}: see renorm.diagnose.RULES")
+    inner = _unwrapped(model)
+    findings: list[Finding] = []
+    failures: list[str] = []
+    with preserved(inner):
+        evidence = gather(inner, loss, optimizer, batch, loader)
+        for rule in list(RULES.values()):
+            if rule.when == "check" and not {rule.id, rule.slug} & set(ignore):
+                try:
+                    findings += [Finding.of(rule, found) for found in rule.find(evidence)]
+                except Exception as error:  # one rule's bug must not cost the others' findings
+                    failures.append(f"rule {rule.id} ({rule.slug}) failed: {type(error).__name__}: {error}")
+    return Report(ordered(findings), tuple(failures), model, optimizer)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers, which a check goes around."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model

@@ -1,0 +1,290 @@
+"""What one batch shows of a model: its calls, outputs, loss and gradients, and further runs on demand.
+
+Nothing that is looked at here stays changed: parameters, buffers, gradients, modes and random numbers are put back.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from renorm.diagnose.trace import LossCall, Node, Trace, record, tensors_in
+from renorm.errors import RuleError
+
+__all__ = ["Evidence", "Run", "gather", "preserved"]
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass
+class Run:
+    """One forward pass, and what it led to."""
+
+    trace: Trace
+    inputs: Any  # what the model was given
+    target: Any
+    output: Any = None  # what the model returned
+    loss: Tensor | None = None  # a number; None where there is no loss function and none in the output
+    error: Exception | None = None  # that the model or the loss raised
+    stage: str = ""  # where it was raised: "model" or "loss"
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors in the output."""
+        return tensors_in(self.output)
+
+
+@dataclass
+class Evidence:
+    """What the rules of `check` look at."""
+
+    model: nn.Module
+    loss_function: Loss | None
+    optimizer: Optimizer | None
+    loader: Iterable[Any] | None
+    inputs: Any
+    target: Any
+    run: Run  # of this batch, as the model was given: in its modes, with gradients
+    seed: _RandomState = field(repr=False)
+
+    @property
+    def trace(self) -> Trace:
+        """The calls of the forward pass and of the loss."""
+        return self.run.trace
+
+    @property
+    def losses(self) -> list[LossCall]:
+        """The calls of torch's losses, one that raised among them."""
+        return self.trace.losses()
+
+    @property
+    def loss(self) -> float | None:
+        """The value of the loss; None where there is none or it is no number."""
+        loss = self.run.loss
+        return None if loss is None or loss.numel() != 1 else float(loss.detach())
+
+    @property
+    def batch_size(self) -> int:
+        """The size of the first dimension of the first input."""
+        return next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim() > 0), 0)
+
+    @cached_property
+    def names(self) -> dict[nn.Module, str]:
+        """Modules to their names."""
+        return {module: name for name, module in self.model.named_modules()}
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The gradient of the loss by each parameter that requires one; None where it does not reach it.
+
+        Empty where there is no loss to differentiate.
+        """
+        loss = self.run.loss
+        if loss is None or loss.numel() != 1 or not loss.requires_grad:
+            return {}
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not named:
+            return {}
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+        return dict(zip(named, found, strict=True))
+
+    def again(
+        self,
+        inputs: Any = None,
+        target: Any = None,
+        *,
+        training: bool | None = None,
+        gradients: bool = False,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> Run:
+        """Another run from the same random numbers: on other inputs, in another mode, or after a `change`.
+
+        `training` sets the mode of all modules; `change` may do anything to parameters, buffers and modes. All of it
+        is put back. An exception is in the run's `error`.
+        """
+        with preserved(self.model), torch.set_grad_enabled(gradients):
+            self.seed.restore()
+            if training is not None:
+                self.model.train(training)
+            if change is not None:
+                change(self.model)
+            return forward(
+                self.model,
+                self.loss_function,
+                self.inputs if inputs is None else inputs,
+                self.target if target is None else target,
+            )
+
+    def each_input(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The inputs with `function` applied to every tensor of them."""
+        return mapped(self.inputs, function)
+
+    def each_target(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The target with `function` applied to every tensor of it."""
+        return mapped(self.target, function)
+
+    def blame(self, tensor: Tensor) -> Node | None:
+        """The call that made these values."""
+        return self.trace.maker(tensor)
+
+
+def gather(
+    model: nn.Module,
+    loss: Loss | None,
+    optimizer: Optimizer | None,
+    batch: Any,
+    loader: Iterable[Any] | None,
+) -> Evidence:
+    """Run `model` and `loss` on one batch, of `loader` where none is given."""
+    if batch is None:
+        if loader is None:
+            raise RuleError("check needs a batch, (x, y) as the loader gives it: write batch=(x, y) or loader=...")
+        batch = next(iter(loader))
+    inputs, target = parted(batch)
+    seed = _RandomState()
+    with torch.enable_grad():
+        run = forward(model, loss, inputs, target)
+    return Evidence(model, loss, optimizer, loader, inputs, target, run, seed)
+
+
+def parted(batch: Any) -> tuple[Any, Any]:
+    """(inputs, target) of a batch: a pair, a dict that is the model's arguments, or inputs alone."""
+    if isinstance(batch, (list, tuple)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) == 1:
+            return batch[0], None
+        return tuple(batch[:-1]), batch[-1]
+    return batch, None
+
+
+def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Run:
+    """The model on the inputs and the loss of what it returns, recorded; what they raise is kept."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), record(model) as trace:
+        warnings.simplefilter("ignore")  # what torch warns of is among the findings
+        run = Run(trace, inputs, target)
+        try:
+            if isinstance(inputs, Mapping):
+                run.output = model(**inputs)
+            elif isinstance(inputs, (list, tuple)) and not hasattr(inputs, "_fields"):
+                run.output = model(*inputs)
+            else:
+                run.output = model(inputs)
+        except Exception as error:  # a user's model may raise anything, and that is evidence
+            run.error, run.stage = error, "model"
+            return run
+        try:
+            run.loss = _loss_of(loss, run.output, target)
+        except Exception as error:
+            run.error, run.stage = error, "loss"
+    return run
+
+
+def _loss_of(loss: Loss | None, output: Any, target: Any) -> Tensor | None:
+    if loss is not None:
+        return loss(output, target) if target is not None else loss(output)
+    inside = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(inside, Tensor):
+        return inside
+    # A model that is its own loss function.
+    return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Nested lists, tuples and dicts with `function` applied to their tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mapped(item, function) for item in value]
+    return value
+
+
+class _RandomState:
+    """Where torch's, Python's and NumPy's random numbers are."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()  # noqa: NPY002 (the user's program may draw from it)
+
+    def restore(self) -> None:
+        """Go on from there."""
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put back, bit for bit, what a run of the model may change.
+
+    Parameters and buffers (the tensors themselves and their values), gradients, modes, plain attributes of the modules,
+    and random numbers.
+    """
+    states = []
+    for module in model.modules():
+        plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
+        states.append((module, dict(module._parameters), dict(module._buffers), plain))
+    tensors = [
+        tensor
+        for _, parameters, buffers, _ in states
+        for tensor in (*parameters.values(), *buffers.values())
+        if tensor is not None and not nn.parameter.is_lazy(tensor)
+    ]
+    values = [(tensor, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None) for tensor in tensors]
+    gradients = [(grad, grad.detach().clone()) for _, _, grad in values if grad is not None]
+    numbers = _RandomState()
+    try:
+        yield
+    finally:
+        for module, parameters, buffers, plain in states:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for key in [k for k, v in module.__dict__.items() if k not in plain and _is_plain(v)]:
+                del module.__dict__[key]
+            module.__dict__.update(plain)
+        with torch.no_grad():
+            for tensor, value, _ in values:
+                _put_back(tensor, value)
+            for grad, value in gradients:
+                _put_back(grad, value)
+        for tensor, _, before in values:
+            if tensor.is_leaf:
+                tensor.grad = before
+        numbers.restore()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    # Only where something changed: autograd counts versions. NaN is not equal to itself, so bits are compared.
+    same = tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
+    if not same:
+        tensor.data = value if tensor.shape != value.shape else tensor.data.copy_(value)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    plain = tensor.detach()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain)
+    return plain.contiguous().view(kinds[plain.element_size()])
