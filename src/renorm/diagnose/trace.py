@@ -136,7 +136,8 @@ class Trace:
 
     nodes: list[Node] = field(default_factory=list)
     makers: dict[int, Node] = field(default_factory=dict)  # by id of a tensor that nodes keep alive
-    failed: Node | None = None  # the call that raised, without outputs
+    failed: Node | None = None  # the function that raised, without outputs
+    running: list[nn.Module] = field(default_factory=list)  # outermost first; after an error, those it came through
 
     def maker(self, tensor: Tensor, *, through_views: bool = True) -> Node | None:
         """The call that made these values; None where no call did."""
@@ -198,7 +199,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     """Record what `model`, and whatever else runs in this context, calls."""
     trace = Trace()
     names = {module: name for name, module in model.named_modules()}
-    stack: list[nn.Module] = []  # of the modules that are running
+    stack = trace.running
     leaves: list[tuple[tuple[Tensor, ...], tuple[Node | None, ...]]] = []  # inputs of the leaf that is running
 
     def add(kind: str, name: str, module: nn.Module | None, taken: Any, made: Any, args: Any, kwargs: Any) -> None:
