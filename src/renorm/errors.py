@@ -3,6 +3,7 @@
 __all__ = [
     "BackendError",
     "DataError",
+    "DiagnosisError",
     "PatternError",
     "RenormError",
     "RuleError",
@@ -70,3 +71,11 @@ class StudyError(RenormError, ValueError):
 
 class RuleError(RenormError, ValueError):
     """A diagnostic rule cannot be registered, or `check` was given what it cannot run."""
+
+
+class DiagnosisError(RenormError, RuntimeError):
+    """`watch` found an error and was told to raise it; `report` has the findings."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

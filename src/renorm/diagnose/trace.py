@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from renorm.norms.norm import Norm
 
-__all__ = ["LOSSES", "LossCall", "Node", "Trace", "record", "tensors_in"]
+__all__ = ["LOSSES", "LossCall", "Node", "Trace", "kind_of_module", "record", "tensors_in"]
 
 # One word for a module, a function and a method that do the same.
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -226,7 +226,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
         if _is_leaf(module):
             taken = leaves.pop()
             if not leaves:
-                add(_kind_of(module), names.get(module, ""), module, taken, output, args, kwargs)
+                add(kind_of_module(module), names.get(module, ""), module, taken, output, args, kwargs)
 
     class Functions(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,5 +262,6 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, (Norm, nn.MultiheadAttention)) or next(module.children(), None) is None
 
 
-def _kind_of(module: nn.Module) -> str:
+def kind_of_module(module: nn.Module) -> str:
+    """One word for what a leaf module does, as in `Node.kind`."""
     return next((kind for classes, kind in _MODULES if isinstance(module, classes)), type(module).__name__)
