@@ -23,6 +23,7 @@ LAYERS = {
     "BatchNorm2d-plain": (lambda **o: rn.BatchNorm2d(3, affine=False, track_running_stats=False, **o), (7, 3, 4, 5)),
     "Norm-rms": (lambda **o: rn.Norm("[n] c [...]", c=3, center=False, bias=False, **o), (7, 3, 4, 5)),
     "SwitchNorm2d": (lambda **o: rn.SwitchNorm2d(3, **o), (7, 3, 4, 5)),
+    "EvoNormB0": (lambda **o: rn.EvoNormB0(3, **o), (7, 3, 4, 5)),
 }
 PARTS = {"unequal": (0, 5, 7), "one sample": (0, 6, 7), "empty": (0, 7, 7), "first empty": (0, 0, 7)}
 

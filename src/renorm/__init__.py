@@ -6,8 +6,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from renorm import errors, kernels
+from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
+from renorm.norms.evo import EvoNormB0, EvoNormS0
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
+from renorm.norms.pointwise import TLU, DyT
+from renorm.norms.response import FRN, GlobalResponseNorm
 from renorm.norms.zoo import (
     BatchNorm,
     BatchNorm1d,
@@ -33,19 +37,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "FRN",
+    "TLU",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "Comparison",
+    "DyT",
+    "EvoNormB0",
+    "EvoNormS0",
+    "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
     "LocalResponseNorm",
     "Norm",
+    "PositionalNorm",
     "RMSNorm",
+    "ScaleNorm",
     "SwitchNorm",
     "SwitchNorm1d",
     "SwitchNorm2d",

@@ -112,6 +112,7 @@ class Norm(nn.Module):
     frozen: bool = False
     activation: str | None = None
     _recovers: bool = False
+    _applies_other: bool = False  # than weight and bias as they are, see `_applied`
     by_running: ClassVar[bool] = False  # a solve of one's own is left out where running statistics are used
     track_running_stats: bool
 
@@ -242,7 +243,7 @@ class Norm(nn.Module):
 
     def _with_neighbours(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         bound = self._bound(x)
-        weight, bias = self.weight, self.bias
+        weight, bias = self._applied()
         together = self._plain and not self._recovers and not torch.compiler.is_compiling()
         together = together and not self._uses_running(bound.part, x)
         together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
@@ -296,8 +297,8 @@ class Norm(nn.Module):
             )
         self._process_group = group
         # Whether the moments of each set, as they are, standardize it: nothing is to be solved.
-        self._plain = type(self).solve is Norm.solve and group is None
-        self._by_running = type(self).solve is Norm.solve or self.by_running
+        self._plain = not self._own_solve and group is None
+        self._by_running = not self._own_solve or self.by_running
         self._ways.clear()
 
     @property
@@ -315,7 +316,7 @@ class Norm(nn.Module):
         part = bound.part
         if mask is not None:
             mask = _expand(mask, x)
-        weight, bias, eps = self.weight, self.bias, self._eps(x)
+        (weight, bias), eps = self._applied(), self._eps(x)
         if self._by_running and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
@@ -356,6 +357,8 @@ class Norm(nn.Module):
         if "weight" not in parameters or "bias" not in parameters:  # parametrized
             return None
         weight, bias = parameters["weight"], parameters["bias"]
+        if self._applies_other:
+            weight, bias = self._applied()
         mean = buffers["running_mean"]
         fixed = mean is not None and not (self.training and not self.frozen)
         learns = native.learns(x, weight, bias)
@@ -440,7 +443,7 @@ class Norm(nn.Module):
             self._track(running, native.moments_of(stats, bound.part, made), bound)
 
     def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None, *context: Any) -> Tensor:
-        weight, bias, about_zero = self.weight, self.bias, not self.center
+        (weight, bias), about_zero = self._applied(), not self.center
         if kernel == "native":
             made = native.fit(x, part, weight, bias, mask)
             assert not isinstance(made, str)
@@ -458,6 +461,15 @@ class Norm(nn.Module):
             if not isinstance(made, str):
                 return apart.measure(x, bound.part, made, mask=real, about_zero=about_zero)[0]
         return reference.measure(x, bound.part, mask=real, about_zero=about_zero)
+
+    def _applied(self) -> tuple[Any, Any]:
+        """The weight and bias that are applied behind `solve`; a layer that overrides it sets `_applies_other`."""
+        return self.weight, self.bias
+
+    @property
+    def _own_solve(self) -> bool:
+        """Whether more is done with the moments than to standardize."""
+        return type(self).solve is not Norm.solve
 
     def solve(self, moments: Moments, *context: Any) -> Affine:
         """From the moments of each set to the scale, center and shift that are applied to it.
@@ -572,12 +584,13 @@ class Norm(nn.Module):
         )
 
     def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+        weight, bias = self._applied()
         return select.choose(
             x,
             bound.part,
             bound.op,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             about_zero=not self.center,
             mask=mask,
             obstacle=self._obstacle(x, bound),

@@ -17,8 +17,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
 from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
+from renorm.norms.channels import by_first_entries
 from renorm.norms.norm import Norm, OneValue
 from renorm.norms.solve import mix
+from renorm.pattern import Partition
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -234,16 +236,26 @@ class LayerNorm(Norm, nn.LayerNorm):
 
 
 class RMSNorm(Norm, nn.RMSNorm):
-    """Root-mean-square norm over the last dimensions: ``... [c]`` about zero.
+    r"""Root-mean-square norm over the last dimensions: ``... [c]`` about zero.
 
-    $$y = \\frac{x}{\\sqrt{\\text{E}[x^2] + \\text{eps}}} \\cdot \\text{weight}$$
+    $$y = \frac{x}{\sqrt{\text{E}[x^2] + \text{eps}}} \cdot \text{weight}$$
 
-    Arguments as `torch.nn.RMSNorm` (eps None: the computing dtype's), then `activation` and `backend` as `Norm`.
-    Zhang & Sennrich 2019, arXiv:1910.07467.
+    Arguments as `torch.nn.RMSNorm` (eps None: the computing dtype's), then `activation` and `backend` as `Norm`, and:
+
+    - `offset`: True keeps the weight about zero and applies 1 + weight, as Gemma's state has it; zero at first.
+    - `partial`: the mean square is that of the first ``ceil(partial * C)`` entries, for one normalized dimension
+      (pRMSNorm; the paper has 0.0625). Where none of them is real under the mask it counts as 1.
+
+    Raises ShapeError for a `partial` that is not in (0, 1]. Zhang & Sennrich 2019, arXiv:1910.07467.
 
     >>> RMSNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 7.0]]))
     tensor([[0.2000, 1.4000]])
+    >>> RMSNorm(2, elementwise_affine=False, partial=0.5)(torch.tensor([[2.0, 7.0]]))
+    tensor([[1.0000, 3.5000]])
     """
+
+    offset: bool = False
+    partial: float = 1.0
 
     def __init__(
         self,
@@ -253,12 +265,48 @@ class RMSNorm(Norm, nn.RMSNorm):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        offset: bool = False,
+        partial: float = 1.0,
         activation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super(Norm, self).__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
+        if not 0 < partial <= 1 or (partial < 1 and len(self.normalized_shape) > 1):
+            raise ShapeError(
+                "partial is the part of one normalized dimension that is measured, more than 0 and at most 1; got "
+                f"partial={partial} over {len(self.normalized_shape)} dimensions"
+            )
         self.register_parameter("bias", None)
+        if offset:
+            self.offset = self._applies_other = offset
+            self.reset_parameters()
+        if partial < 1:
+            self.partial = partial
         _define_trailing(self, elementwise_affine, center=False, activation=activation, backend=backend)
+
+    def reset_parameters(self) -> None:
+        """The weight that changes nothing."""
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 0.0 if self.offset else 1.0)
+
+    def _applied(self) -> tuple[Any, None]:
+        weight = self.weight
+        if weight is None or not self.offset:
+            return weight, None
+        # Half precision could not tell 1 + weight from 1 where a weight is small.
+        return 1 + (weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight), None
+
+    @property
+    def _own_solve(self) -> bool:
+        return self.partial < 1
+
+    def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None, *context: Any) -> Tensor:
+        return by_first_entries(x, part, kernel, self._applied()[0], self._eps(x), self.partial, mask)
+
+    def extra_repr(self) -> str:
+        """That of `Norm`, and which variant it is."""
+        variant = ", offset=True" * self.offset + f", partial={self.partial}" * (self.partial < 1)
+        return super().extra_repr() + variant
 
 
 def _define_trailing(layer: LayerNorm | RMSNorm, affine: bool, *, center: bool, **options: Any) -> None:

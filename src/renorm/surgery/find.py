@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
 from renorm.norms import named, zoo
+from renorm.norms.channels import LayerNorm2d
 from renorm.norms.norm import Norm
 from renorm.pattern import parse
 
@@ -64,7 +65,7 @@ def norms(model: nn.Module) -> Iterator[Site]:
         if kind is not None:
             num_features, axis = _channels(module)
             rank = next((r for r in ("1d", "2d", "3d") if type(module).__name__.endswith(r)), "")
-            yield Site(name, module, kind, type(module) in _EXACT, num_features, axis, rank)
+            yield Site(name, module, kind, _is_exact(module), num_features, axis, rank)
 
 
 def describe(module: nn.Module) -> str:
@@ -75,12 +76,20 @@ def describe(module: nn.Module) -> str:
     return f"{name}({module.pattern!r})" if type(module) is Norm else name
 
 
+def _is_exact(module: nn.Module) -> bool:
+    # Of a class that is known, and none of its variants: they do more with moments or weights than its kind says.
+    variant = getattr(module, "_applies_other", False) or getattr(module, "partial", 1) != 1
+    return type(module) in _EXACT and not variant
+
+
 def _kind(module: nn.Module) -> str | None:
     for kind, classes in _KINDS:
         if isinstance(module, classes):
             return kind
     if not isinstance(module, Norm):
         return None
+    if module._own_solve:
+        return "pattern"
     for kind in named.KINDS[1:]:
         if module.pattern in (named.pattern_of(named.NormName(kind), axis) for axis in (1, -1)):
             centered = {"rms": False}.get(kind, True)
@@ -91,6 +100,8 @@ def _kind(module: nn.Module) -> str | None:
 
 def _channels(module: nn.Module) -> tuple[int, int]:
     """The number of channels, 0 where it is not known, and the dimension they are on."""
+    if isinstance(module, LayerNorm2d):
+        return module.normalized_shape[0], 1
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         shape = module.normalized_shape
         # Over (C, H, W) of an image the channels are second; over one axis they are the last.
