@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from renorm import errors, kernels
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
+from renorm.norms.condition import SPADE, ConditionalNorm, FiLM
 from renorm.norms.evo import EvoNormB0, EvoNormS0
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
 from renorm.norms.pointwise import TLU, DyT
 from renorm.norms.response import FRN, GlobalResponseNorm
+from renorm.norms.style import AdaIN, CrossNorm, SelfNorm
 from renorm.norms.zoo import (
     BatchNorm,
     BatchNorm1d,
@@ -38,15 +40,20 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FRN",
+    "SPADE",
     "TLU",
+    "AdaIN",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "Comparison",
+    "ConditionalNorm",
+    "CrossNorm",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "FiLM",
     "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm1d",
@@ -59,6 +66,7 @@ __all__ = [
     "PositionalNorm",
     "RMSNorm",
     "ScaleNorm",
+    "SelfNorm",
     "SwitchNorm",
     "SwitchNorm1d",
     "SwitchNorm2d",

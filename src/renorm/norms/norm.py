@@ -23,7 +23,7 @@ from renorm.plan import Plan, plan
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Norm"]
+__all__ = ["Norm", "expand_mask"]
 
 _MAX_WAYS = 64  # remembered by a layer: shapes, mostly
 
@@ -247,7 +247,7 @@ class Norm(nn.Module):
         together = self._plain and not self._recovers and not torch.compiler.is_compiling()
         together = together and not self._uses_running(bound.part, x)
         together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
-        real = None if mask is None else _expand(mask, x)
+        real = None if mask is None else expand_mask(mask, x)
         if together and self._choose(x, bound, real) == "native":
             made = native.fit(x, bound.part, weight, bias, real)
             assert not isinstance(made, str)
@@ -315,7 +315,7 @@ class Norm(nn.Module):
         bound = self._bound(x)
         part = bound.part
         if mask is not None:
-            mask = _expand(mask, x)
+            mask = expand_mask(mask, x)
         (weight, bias), eps = self._applied(), self._eps(x)
         if self._by_running and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
@@ -455,7 +455,7 @@ class Norm(nn.Module):
     def measure(self, x: Tensor, mask: Tensor | None = None) -> Moments:
         """The moments of each set of `x`, differentiable, with 1 on the averaged axes."""
         bound, about_zero = self._bound(x), not self.center
-        real = None if mask is None else _expand(mask, x)
+        real = None if mask is None else expand_mask(mask, x)
         if self.backend != "reference":
             made = native.fit(x, bound.part, None, None, real)
             if not isinstance(made, str):
@@ -509,7 +509,7 @@ class Norm(nn.Module):
         """The name of the kernel that runs for this input, in the mode the layer is in."""
         bound = self._bound(x)
         if mask is not None:
-            mask = _expand(mask, x)
+            mask = expand_mask(mask, x)
         if self._by_running and self._uses_running(bound.part, x):
             return self._choose_fixed(x, bound, mask)
         return self._choose(x, bound, mask)
@@ -685,7 +685,8 @@ def _parameter_shape(pattern: Pattern, axes: tuple[str, ...], sizes: Mapping[str
     return tuple(math.prod(sizes[name] for name in dim) for dim in dims if dim)
 
 
-def _expand(mask: Tensor, x: Tensor) -> Tensor:
+def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` in the shape of `x`; raises ShapeError where it is not boolean or does not broadcast."""
     if mask.dtype != torch.bool:
         raise ShapeError(f"a mask is boolean, True on real entries; got {mask.dtype}: write mask.bool()")
     try:
