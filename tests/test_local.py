@@ -1,6 +1,7 @@
 """Local response norm: every kernel against the formula by loops over the windows, and against torch's layer."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from renorm.errors import BackendError, ShapeError
+from renorm.errors import BackendError, ShapeError, UnknownNormError
 from renorm.kernels import extension
 from renorm.norms.local import LocalResponseNorm
 
@@ -350,5 +351,180 @@ def test_mistakes():
         LocalResponseNorm(5, backend="native")(torch.zeros(2, 3, device="meta"))
     with pytest.raises(BackendError, match="3D or more"):
         LocalResponseNorm(5, backend="torch")(torch.zeros(2, 3))
-    with pytest.raises(TypeError):  # there is nothing a mask would mean to neighbouring channels
-        LocalResponseNorm(5)(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(BackendError, match="of its own convention over channels"):
+        LocalResponseNorm(4, convention="onnx", backend="torch")(torch.zeros(2, 3, 4))
+    for backend in ("torch", "native"):
+        with pytest.raises(BackendError, match=f"backend='{backend}' cannot run here"):
+            LocalResponseNorm(3, within=True, backend=backend)(torch.zeros(2, 3, 4))
+    with pytest.raises(ShapeError, match=r"there must be positions, \(N, C, ...\); got shape \(2, 3\)"):
+        LocalResponseNorm(3, within=True)(torch.zeros(2, 3))
+    for convention in ("caffe", "tensorflow"):
+        with pytest.raises(ShapeError, match=f"{convention} has windows of odd sizes only; got 4"):
+            LocalResponseNorm(4, convention=convention)
+    with pytest.raises(UnknownNormError, match="one of torch, onnx, caffe, tensorflow; got 'keras'"):
+        LocalResponseNorm(5, convention="keras")
+    with pytest.raises(ShapeError, match="a mask is boolean"):
+        LocalResponseNorm(5)(torch.zeros(2, 3), torch.ones(2, 3))
+
+
+# ---- conventions
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_onnx_has_windows_that_look_ahead(kernel):
+    """pytorch#75722: for even sizes torch's windows look back and ONNX's ahead, so an exported layer is another one."""
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    runtime = pytest.importorskip("onnxruntime")
+    shape = (9, 9, 5, 3)  # onnx's own implementation has the batch's size for the number of channels
+    for size in (1, 2, 3, 4, 5, 8, 11):
+        node = onnx.helper.make_node("LRN", ["x"], ["y"], size=size, alpha=2.0, beta=0.6, bias=1.5)
+        values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy"]
+        graph = onnx.helper.make_graph([node], "lrn", values[:1], values[1:])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+        sessions = [reference.ReferenceEvaluator(model)]
+        if size % 2:  # the others are refused by onnxruntime
+            sessions += [runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])]
+        x = draw(shape, scale=3.0)
+        ours = LocalResponseNorm(size, 2.0, 0.6, 1.5, convention="onnx", backend=kernel)
+        for session in sessions:
+            theirs = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            for laid in layouts(x).values():
+                assert ours.kernel(laid) == kernel
+                # onnxruntime's sums are running ones: what enters is added, what leaves subtracted.
+                relative(ours(laid), theirs.double(), theirs, 1e-5)
+        torchs = nn.LocalResponseNorm(size, 2.0, 0.6, 1.5)(x)
+        assert torch.allclose(torchs, theirs, rtol=1e-4) == (size % 2 == 1)
+        close(torchs.flip(1), ours(x.flip(1)), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "torch"])
+def test_caffe_and_tensorflow(kernel):
+    """One alpha means three things (caffe-tensorflow#173, caffe#1453): each by a loop over the windows."""
+    x = draw((2, 9, 5, 3), scale=3.0)
+    v = x.double()
+    for radius, alpha, beta, k in ((2, 1e-4, 0.75, 2.0), (1, 2.0, 0.5, 1.0), (5, 1.0, 0.5, 1.0), (0, 1.0, 1.0, 1.0)):
+        size = 2 * radius + 1
+        sums = torch.stack([v[:, max(0, d - radius) : d + radius + 1].square().sum(1) for d in range(9)], 1)
+        wanted = {"tensorflow": v / (k + alpha * sums) ** beta, "caffe": v / (k + alpha / size * sums) ** beta}
+        for convention, y in wanted.items():
+            ours = LocalResponseNorm(size, alpha, beta, k, convention=convention, backend=kernel)
+            relative(ours(x), y, y, 16 * eps_of(torch.float32))
+        scaled = LocalResponseNorm(size, alpha * size, beta, k, backend=kernel)
+        relative(scaled(x), wanted["tensorflow"], wanted["tensorflow"], 16 * eps_of(torch.float32))
+
+
+# ---- within a channel
+
+
+def within(x, before, after, factor, beta=0.75, k=1.0):
+    """Position by position: Caffe's WITHIN_CHANNEL, in which positions beyond the image count as 0."""
+    x = x.double()
+    y = torch.empty_like(x)
+    for place in itertools.product(*map(range, x.shape[2:])):
+        window = tuple(slice(max(0, p - before), p + after + 1) for p in place)
+        total = x[(..., *window)].square().flatten(2).sum(2)
+        y[(..., *place)] = x[(..., *place)] * (k + factor * total) ** -beta
+    return y
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 11), (2, 3, 7, 5), (2, 2, 4, 3, 5)], ids=str)
+def test_windows_within_a_channel(shape):
+    x, dims = draw(shape, scale=3.0), len(shape) - 2
+    for size in (1, 2, 3, 4, 5, 9):
+        for convention, divisor in (
+            ("torch", size**dims),
+            ("onnx", size**dims),
+            ("caffe", size**dims),
+            ("tensorflow", 1),
+        ):
+            if size % 2 == 0 and convention in ("caffe", "tensorflow"):
+                continue
+            before, after = size // 2, (size - 1) // 2
+            if convention == "onnx":
+                before, after = after, before
+            layer = LocalResponseNorm(size, 2.0, 0.6, 1.5, convention=convention, within=True)
+            wanted = within(x, before, after, 2.0 / divisor, 0.6, 1.5)
+            for name, laid in layouts(x).items():
+                y = layer(laid)
+                relative(y, wanted, wanted, 16 * eps_of(torch.float32))
+                if name in ("contiguous", "channels_last", "channels_last_3d"):
+                    assert y.stride() == laid.stride()
+            half = x.bfloat16()
+            wanted = within(half, before, after, 2.0 / divisor, 0.6, 1.5)
+            assert layer(half).dtype == torch.bfloat16
+            relative(layer(half), wanted, wanted, 0.6 * eps_of(torch.bfloat16))
+    x = draw((2, 2, 3, 4)[: dims + 2] if dims < 3 else (1, 2, 2, 3, 2), torch.float64).requires_grad_()
+    for size in (2, 3):
+        layer = LocalResponseNorm(size, 2.0, within=True)
+        assert torch.autograd.gradcheck(layer, x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
+
+
+def test_caffes_layer_is_a_power_of_an_average_pool():
+    """Its own layers: square, average pool that counts the padding, (1 + alpha average)^-beta, product."""
+    x = draw((2, 3, 9, 7), scale=3.0)
+    for size in (1, 3, 5):
+        average = torch.nn.functional.avg_pool2d(x.square(), size, 1, (size - 1) // 2, count_include_pad=True)
+        ours = LocalResponseNorm(size, 2.0, 0.6, convention="caffe", within=True)(x)
+        close(ours, x * (1 + 2.0 * average) ** -0.6, 1e-6)
+
+
+def test_large_positions_outside_the_window_cost_no_digits():
+    x = draw((2, 3, 17, 13))
+    x[:, :, 8, 6] *= 1e12
+    y = within(x, 1, 1, 2.0 / 9)
+    far = torch.ones(17, 13, dtype=torch.bool)
+    far[7:10, 5:8] = False
+    relative(LocalResponseNorm(3, 2.0, within=True)(x)[..., far], y[..., far], y[..., far], 16 * eps_of(torch.float32))
+
+
+def test_within_a_channel_everywhere():
+    """Empty, compiled with any batch and image, exported, under vmap, copied."""
+    layer, x = LocalResponseNorm(3, 2.0, within=True, convention="caffe"), draw((2, 3, 5, 4))
+    for shape in ((0, 3, 5, 4), (2, 0, 4), (2, 3, 0, 4)):
+        assert layer(torch.zeros(shape)).shape == shape
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for other in (x, draw((11, 31, 7, 13)), draw((13, 37, 9, 17))):
+        close(compiled(other), within(other, 1, 1, 2.0 / 9), 1e-6)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    close(program.module()(other[:, :3, :5, :4]), layer(other[:, :3, :5, :4]), 1e-6)
+    close(torch.vmap(layer)(torch.stack([x, -x])), torch.stack([layer(x), -layer(x)]), 1e-6)
+    assert repr(layer) == "LocalResponseNorm(3, alpha=2.0, beta=0.75, k=1.0, convention='caffe', within=True)"
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    with torch.device("meta"):
+        assert LocalResponseNorm(3, within=True)(torch.empty(2, 3, 5)).shape == (2, 3, 5)
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "within"])
+def test_masked_entries_count_as_zeros(kernel):
+    options = {"within": True} if kernel == "within" else {"backend": kernel}
+    layer, x = LocalResponseNorm(4, 2.0, **options), draw((2, 7, 5, 3))
+    for shape in ((2, 7, 5, 3), (2, 1, 5, 3), (7, 1, 1)):
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+        whole = mask.expand(x.shape)
+        zeroed = torch.where(whole, x, 0)
+        wanted = within(zeroed, 2, 1, 2.0 / 16) if kernel == "within" else formula(zeroed, 4, 2.0)
+        for garbage in (0.0, 1e30, float("nan"), float("inf")):
+            leaf = torch.where(whole, x, garbage).requires_grad_()
+            y = layer(leaf, mask)
+            close(y, wanted, 1e-6)
+            (dx,) = torch.autograd.grad(y.square().sum(), leaf)
+            assert dx.isfinite().all()
+            assert (dx[~whole] == 0).all()
+    bad = x.clone()
+    bad[0, 3, 2, 1] = float("nan")  # a real entry: what is masked beside it is still 0
+    only = torch.zeros_like(x, dtype=torch.bool)
+    only[0, 3, 2, 1] = True
+    y = layer(bad, only)
+    assert y.isnan().sum() == 1
+    assert (y[~only] == 0).all()
+    assert (layer(x, torch.zeros_like(only)) == 0).all()
+    x = draw((2, 5, 3, 2), torch.float64).requires_grad_()
+    mask = torch.rand(x.shape) > 0.4
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, mask), x, fast_mode=True)

@@ -23,6 +23,10 @@ LAYERS = {
     "BatchNorm2d-plain": (lambda **o: rn.BatchNorm2d(3, affine=False, track_running_stats=False, **o), (7, 3, 4, 5)),
     "Norm-rms": (lambda **o: rn.Norm("[n] c [...]", c=3, center=False, bias=False, **o), (7, 3, 4, 5)),
     "SwitchNorm2d": (lambda **o: rn.SwitchNorm2d(3, **o), (7, 3, 4, 5)),
+    "BatchRenorm": (lambda **o: rn.BatchRenorm(3, rmax=1.3, dmax=0.5, momentum=0.3, **o), (7, 3, 4, 5)),
+    "PowerNorm": (lambda **o: rn.PowerNorm(3, **o), (7, 3, 4, 5)),
+    "PowerNorm-warm": (lambda **o: rn.PowerNorm(3, warmup=1, axis=-1, **o), (7, 4, 3)),
+    "InPlaceBatchNorm2d": (lambda **o: rn.InPlaceBatchNorm2d(3, **o), (7, 3, 4, 5)),
     "EvoNormB0": (lambda **o: rn.EvoNormB0(3, **o), (7, 3, 4, 5)),
 }
 PARTS = {"unequal": (0, 5, 7), "one sample": (0, 6, 7), "empty": (0, 7, 7), "first empty": (0, 0, 7)}

@@ -40,7 +40,7 @@ def test_every_public_layer_is_checked():
     layers = {
         name for name in rn.__all__ if isinstance(getattr(rn, name), type) and issubclass(getattr(rn, name), nn.Module)
     }
-    # LocalResponseNorm has no sets, no mask and no parameters: test_local.py.
+    # LocalResponseNorm has no sets and no parameters: test_local.py.
     assert layers - {"SwitchNorm", "LocalResponseNorm"} <= tested
 
 

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 from renorm import errors, kernels
+from renorm.norms.batch import BatchRenorm, GhostBatchNorm, PowerNorm, Ramp
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
 from renorm.norms.condition import SPADE, ConditionalNorm, FiLM
 from renorm.norms.evo import EvoNormB0, EvoNormS0
+from renorm.norms.inplace import InPlaceBatchNorm2d
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
 from renorm.norms.pointwise import TLU, DyT
@@ -47,6 +49,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
     "Comparison",
     "ConditionalNorm",
     "CrossNorm",
@@ -54,8 +57,10 @@ __all__ = [
     "EvoNormB0",
     "EvoNormS0",
     "FiLM",
+    "GhostBatchNorm",
     "GlobalResponseNorm",
     "GroupNorm",
+    "InPlaceBatchNorm2d",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
@@ -64,7 +69,9 @@ __all__ = [
     "LocalResponseNorm",
     "Norm",
     "PositionalNorm",
+    "PowerNorm",
     "RMSNorm",
+    "Ramp",
     "ScaleNorm",
     "SelfNorm",
     "SwitchNorm",
