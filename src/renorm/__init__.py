@@ -10,12 +10,23 @@ from renorm.norms.batch import BatchRenorm, GhostBatchNorm, PowerNorm, Ramp
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
 from renorm.norms.condition import SPADE, ConditionalNorm, FiLM
 from renorm.norms.evo import EvoNormB0, EvoNormS0
+from renorm.norms.gradient import centralize_gradients, clip_gradients_adaptively, normalize_gradients
 from renorm.norms.inplace import InPlaceBatchNorm2d
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
 from renorm.norms.pointwise import TLU, DyT
 from renorm.norms.response import FRN, GlobalResponseNorm
 from renorm.norms.style import AdaIN, CrossNorm, SelfNorm
+from renorm.norms.weight import (
+    CosineConv1d,
+    CosineConv2d,
+    CosineConv3d,
+    CosineLinear,
+    initialize_weight_norm,
+    spectral_norm,
+    weight_norm,
+    weight_standardization,
+)
 from renorm.norms.zoo import (
     BatchNorm,
     BatchNorm1d,
@@ -35,7 +46,9 @@ from renorm.norms.zoo import (
 from renorm.surgery import freeze, swap, sync, unfreeze, unsync
 
 if TYPE_CHECKING:
+    from renorm import diagnose
     from renorm.comparison import Comparison, compare
+    from renorm.diagnose import check, watch
     from renorm.drawing import draw
 
 __version__ = "0.1.0.dev0"
@@ -52,6 +65,10 @@ __all__ = [
     "BatchRenorm",
     "Comparison",
     "ConditionalNorm",
+    "CosineConv1d",
+    "CosineConv2d",
+    "CosineConv3d",
+    "CosineLinear",
     "CrossNorm",
     "DyT",
     "EvoNormB0",
@@ -78,22 +95,40 @@ __all__ = [
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",
+    "centralize_gradients",
+    "check",
+    "clip_gradients_adaptively",
     "compare",
+    "diagnose",
     "draw",
     "errors",
     "freeze",
+    "initialize_weight_norm",
     "kernels",
+    "normalize_gradients",
+    "spectral_norm",
     "swap",
     "sync",
     "unfreeze",
     "unsync",
+    "watch",
+    "weight_norm",
+    "weight_standardization",
 ]
 
 # Names whose modules import plotting, tables or process pools: loaded at first use.
-_LAZY = {"compare": "renorm.comparison", "Comparison": "renorm.comparison", "draw": "renorm.drawing"}
+_LAZY = {
+    "Comparison": "renorm.comparison",
+    "check": "renorm.diagnose",
+    "compare": "renorm.comparison",
+    "draw": "renorm.drawing",
+    "watch": "renorm.diagnose",
+}
 
 
 def __getattr__(name: str) -> object:
+    if name == "diagnose":
+        return importlib.import_module("renorm.diagnose")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'renorm' has no attribute {name!r}")

@@ -82,7 +82,7 @@ def test_a_rule_of_ones_own():
     try:
         report = check(nn.Linear(2, 1), nn.MSELoss(), batch=(torch.randn(3, 2), torch.randn(3, 1)))
         assert [f.message for f in report.findings if f.id == "X01"] == ["3 samples"]
-        with pytest.raises(RuleError, match="rule X01 .other. is registered already"):
+        with pytest.raises(RuleError, match=r"rule X01 \(other\) is registered already"):
             rule("X01", "other", "info", title="t", why="w", fix="f", source="s")
     finally:
         del RULES["X01"]
