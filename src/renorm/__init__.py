@@ -47,6 +47,7 @@ from renorm.surgery import freeze, swap, sync, unfreeze, unsync
 
 if TYPE_CHECKING:
     from renorm import diagnose
+    from renorm.cards import explain
     from renorm.comparison import Comparison, compare
     from renorm.diagnose import check, watch
     from renorm.drawing import draw
@@ -102,6 +103,7 @@ __all__ = [
     "diagnose",
     "draw",
     "errors",
+    "explain",
     "freeze",
     "initialize_weight_norm",
     "kernels",
@@ -122,6 +124,7 @@ _LAZY = {
     "check": "renorm.diagnose",
     "compare": "renorm.comparison",
     "draw": "renorm.drawing",
+    "explain": "renorm.cards",
     "watch": "renorm.diagnose",
 }
 

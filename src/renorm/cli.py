@@ -129,6 +129,24 @@ def compare(
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
 
+@main.command()
+def explain(
+    norm: Annotated[
+        str | None,
+        typer.Argument(help="batch, group, rms, LayerNorm2d, gn, ...; all cards in a table where it is left out."),
+    ] = None,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> None:
+    """What a norm computes and costs, where it is strong and weak, and who says so."""
+    with _told():
+        from renorm import cards
+
+        console = Console()
+        width = min(console.width, 110)
+        text = cards.contents(lang, width) if norm is None else cards.explain(norm, lang).to_text(width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Turn the errors that a user can cause into one red message and an exit code."""

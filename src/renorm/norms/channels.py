@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from renorm.kernels import apart, native, reference
 from renorm.kernels.moments import Affine, Moments
-from renorm.norms.norm import Norm, _expand
+from renorm.norms.norm import Norm, expand_mask
 from renorm.pattern import Partition, partition
 
 __all__ = ["LayerNorm2d", "PositionalNorm", "ScaleNorm", "by_first_entries"]
@@ -103,7 +103,7 @@ class PositionalNorm(Norm):
     def restore(self, y: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None) -> Tensor:
         """Give each position of `y`, which may have other channels, this mean and std: ``y * std + mean``."""
         x = torch.addcmul(mean, y, std)
-        return x if mask is None else torch.where(_expand(mask, x), x, 0)
+        return x if mask is None else torch.where(expand_mask(mask, x), x, 0)
 
 
 class ScaleNorm(Norm):

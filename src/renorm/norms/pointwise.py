@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import ShapeError
-from renorm.norms.norm import _expand
+from renorm.norms.norm import expand_mask
 
 __all__ = ["TLU", "DyT"]
 
@@ -29,7 +29,7 @@ class _Pointwise(nn.Module):
                 f"write {type(self).__name__}(channels, axis=1) for (N, C, ...) and axis=-1 for (..., C)"
             )
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        real = None if mask is None else _expand(mask, x)
+        real = None if mask is None else expand_mask(mask, x)
         y = self._act(wide if real is None else torch.where(real, wide, 0))
         if real is not None:
             y = torch.where(real, y, 0)

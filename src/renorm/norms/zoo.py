@@ -94,7 +94,8 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
     $$y = \\frac{x - \\text{E}[x]}{\\sqrt{\\text{Var}[x] + \\text{eps}}} \\cdot \\text{weight} + \\text{bias}$$
 
     over everything but the channels; running statistics in evaluation. Arguments as `torch.nn.BatchNorm1d`, then
-    `unbiased`, `one_value`, `activation`, `process_group` and `backend` as `Norm`. Ioffe & Szegedy 2015, arXiv:1502.03167.
+    `unbiased`, `one_value`, `activation`, `process_group` and `backend` as `Norm`. Ioffe & Szegedy 2015,
+    arXiv:1502.03167.
 
     >>> BatchNorm1d(2, affine=False)(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     tensor([[-1.0000, -1.0000],
