@@ -27,6 +27,7 @@ from renorm.norms.weight import (
     weight_norm,
     weight_standardization,
 )
+from renorm.norms.whiten import BatchWhitening, IterNorm
 from renorm.norms.zoo import (
     BatchNorm,
     BatchNorm1d,
@@ -64,6 +65,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
+    "BatchWhitening",
     "Comparison",
     "ConditionalNorm",
     "CosineConv1d",
@@ -82,6 +84,7 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "IterNorm",
     "LayerNorm",
     "LayerNorm2d",
     "LocalResponseNorm",
