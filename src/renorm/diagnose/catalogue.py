@@ -55,6 +55,7 @@ class Rule:
     when: Literal["check", "watch"]
     bad: str = ""  # a program with the fault: it defines model, loss and batch, and what else `check` shall be given
     good: str = ""  # the same without it
+    opt_in: bool = False  # left out unless `include` names it
 
 
 RULES: dict[str, Rule] = {}
@@ -72,6 +73,7 @@ def rule(
     when: Literal["check", "watch"] = "check",
     bad: str = "",
     good: str = "",
+    opt_in: bool = False,
 ) -> Callable[[Callable[[Any], Iterable[Found]]], Callable[[Any], Iterable[Found]]]:
     """Put the decorated function into the catalogue: it takes the evidence and yields what it found.
 
@@ -95,7 +97,7 @@ def rule(
             )
 
     def register(find: Callable[[Any], Iterable[Found]]) -> Callable[[Any], Iterable[Found]]:
-        RULES[id] = Rule(id, slug, severity, title, why, fix, source, find, when, bad, good)
+        RULES[id] = Rule(id, slug, severity, title, why, fix, source, find, when, bad, good, opt_in)
         return find
 
     return register

@@ -5,8 +5,10 @@ Nothing that is looked at here stays changed: parameters, buffers, gradients, mo
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from renorm.diagnose.hidden import TORCH, attributes, modules_of
 from renorm.diagnose.trace import LossCall, Node, Trace, record, tensors_in
 from renorm.errors import RuleError
 
-__all__ = ["Evidence", "Run", "gather", "preserved"]
+__all__ = ["Evidence", "Run", "entries", "forward", "gather", "preserved"]
 
 Loss = Callable[..., Tensor]
 
@@ -87,16 +90,32 @@ class Evidence:
     def gradients(self) -> dict[str, Tensor | None]:
         """The gradient of the loss by each parameter that requires one; None where it does not reach it.
 
-        Empty where there is no loss to differentiate.
+        Empty where there is no loss to differentiate, and where that fails: see `backward_error`.
         """
-        loss = self.run.loss
-        if loss is None or loss.numel() != 1 or not loss.requires_grad:
-            return {}
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not named:
-            return {}
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
-        return dict(zip(named, found, strict=True))
+        return self._backward[0]
+
+    @property
+    def backward_error(self) -> Exception | None:
+        """What torch raised when it computed the gradients."""
+        return self._backward[1]
+
+    @cached_property
+    def _backward(self) -> tuple[dict[str, Tensor | None], Exception | None]:
+        try:
+            return _gradients(self.run.loss, self.model), None
+        except RuntimeError as error:  # such as a tensor of the graph that was changed in place
+            return {}, error
+
+    def gradients_after(self, change: Callable[[nn.Module], None]) -> dict[str, Tensor | None]:
+        """The gradients, as in `gradients`, after a `change` of parameters that is put back; it writes to ``.data``."""
+        with preserved(*self._touched), torch.enable_grad():
+            self.seed.restore()
+            change(self.model)
+            return _gradients(forward(self.model, self.loss_function, self.inputs, self.target).loss, self.model)
+
+    @property
+    def _touched(self) -> tuple[Any, ...]:
+        return self.model, self.loss_function, self.inputs, self.target
 
     def again(
         self,
@@ -112,7 +131,7 @@ class Evidence:
         `training` sets the mode of all modules; `change` may do anything to parameters, buffers and modes. All of it
         is put back. An exception is in the run's `error`.
         """
-        with preserved(self.model), torch.set_grad_enabled(gradients):
+        with preserved(*self._touched), torch.set_grad_enabled(gradients):
             self.seed.restore()
             if training is not None:
                 self.model.train(training)
@@ -211,6 +230,15 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def entries(tensor: Tensor) -> Tensor:
+    """The numbers in a tensor, as floats in one dimension; of a sparse one, those it stores."""
+    plain = tensor.detach()
+    if plain.layout is not torch.strided:
+        plain = plain.coalesce().values() if plain.layout is torch.sparse_coo else plain.values()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    return (plain if plain.dtype == torch.float64 else plain.float()).flatten()
+
+
 class _RandomState:
     """Where torch's, Python's and NumPy's random numbers are."""
 
@@ -230,36 +258,39 @@ class _RandomState:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(*things: Any) -> Iterator[None]:
     """Put back, bit for bit, what a run of the model may change.
 
-    Parameters and buffers (the tensors themselves and their values), gradients, modes, plain attributes of the modules,
-    and random numbers.
+    Of modules among the `things`: parameters and buffers (the tensors themselves and their values), gradients, modes,
+    submodules, attributes, and the same of layers in their lists and dicts. Of the rest: the tensors. And random
+    numbers.
     """
-    states = []
-    for module in model.modules():
-        plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str, type(None)))}
-        states.append((module, dict(module._parameters), dict(module._buffers), plain))
-    tensors = [
-        tensor
-        for _, parameters, buffers, _ in states
-        for tensor in (*parameters.values(), *buffers.values())
-        if tensor is not None and not nn.parameter.is_lazy(tensor)
+    models = [thing for thing in things if isinstance(thing, nn.Module)]
+    modules = list({id(module): module for model in models for module in modules_of(model)}.values())
+    states = [
+        (module.__dict__, attributes(module), [(part, dict(part)) for part in _registers(module)]) for module in modules
     ]
+    boxes = [(box, copy.copy(box)) for _, plain, _ in states for box in plain.values() if _is_box(box)]
+    held = [
+        tensor for _, plain, parts in states for tensor in tensors_in([list(plain.values()), [p for _, p in parts]])
+    ]
+    loose = [tensor for thing in things if not isinstance(thing, nn.Module) for tensor in tensors_in(thing)]
+    tensors = {id(tensor): tensor for tensor in (*held, *loose) if not nn.parameter.is_lazy(tensor)}.values()
     values = [(tensor, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None) for tensor in tensors]
     gradients = [(grad, grad.detach().clone()) for _, _, grad in values if grad is not None]
     numbers = _RandomState()
     try:
         yield
     finally:
-        for module, parameters, buffers, plain in states:
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for key in [k for k, v in module.__dict__.items() if k not in plain and _is_plain(v)]:
-                del module.__dict__[key]
-            module.__dict__.update(plain)
+        for now, plain, parts in states:
+            for part, registered in parts:
+                part.clear()
+                part.update(registered)
+            for name in [name for name in now if name not in plain and name not in TORCH]:
+                del now[name]
+            now.update(plain)
+        for box, before in boxes:
+            _refill(box, before)
         with torch.no_grad():
             for tensor, value, _ in values:
                 _put_back(tensor, value)
@@ -271,11 +302,33 @@ def preserved(model: nn.Module) -> Iterator[None]:
         numbers.restore()
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, type(None)))
+def _gradients(loss: Tensor | None, model: nn.Module) -> dict[str, Tensor | None]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if loss is None or loss.numel() != 1 or not loss.requires_grad or not named:
+        return {}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return dict(zip(named, found, strict=True))
+
+
+def _registers(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, (list, dict, set, deque))
+
+
+def _refill(box: Any, before: Any) -> None:
+    box.clear()
+    if isinstance(box, (list, deque)):
+        box.extend(before)
+    else:
+        box.update(before)
 
 
 def _put_back(tensor: Tensor, value: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return  # no layer writes into these
     # Only where something changed: autograd counts versions. NaN is not equal to itself, so bits are compared.
     same = tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
     if not same:

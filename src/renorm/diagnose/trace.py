@@ -138,6 +138,7 @@ class Trace:
     makers: dict[int, Node] = field(default_factory=dict)  # by id of a tensor that nodes keep alive
     failed: Node | None = None  # the function that raised, without outputs
     running: list[nn.Module] = field(default_factory=list)  # outermost first; after an error, those it came through
+    entered: list[tuple[Tensor, ...]] = field(default_factory=list)  # what went into each of them
 
     def maker(self, tensor: Tensor, *, through_views: bool = True) -> Node | None:
         """The call that made these values; None where no call did."""
@@ -218,11 +219,13 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(module)
+        trace.entered.append(tuple(tensors_in((args, kwargs))))
         if _is_leaf(module):
             leaves.append(take((args, kwargs)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         stack.pop()
+        trace.entered.pop()
         if _is_leaf(module):
             taken = leaves.pop()
             if not leaves:
@@ -259,9 +262,20 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, (Norm, nn.MultiheadAttention)) or next(module.children(), None) is None
+    if isinstance(module, (Norm, nn.MultiheadAttention)):
+        return True
+    if any(name != "parametrizations" for name, _ in module.named_children()):
+        return False
+    # A layer of the user's own is looked into, since what it calls says more than its name; so is a model whose layers
+    # are not registered. An empty Sequential, the usual shortcut of a residual block, passes its input on.
+    ours = type(module).__module__.startswith(("torch.nn.", "renorm."))
+    return (ours or _known(module) is not None) and not isinstance(module, (nn.Sequential, nn.ModuleList))
 
 
 def kind_of_module(module: nn.Module) -> str:
     """One word for what a leaf module does, as in `Node.kind`."""
-    return next((kind for classes, kind in _MODULES if isinstance(module, classes)), type(module).__name__)
+    return _known(module) or type(module).__name__
+
+
+def _known(module: nn.Module) -> str | None:
+    return next((kind for classes, kind in _MODULES if isinstance(module, classes)), None)

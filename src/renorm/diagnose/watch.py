@@ -115,11 +115,26 @@ class Watch:
     def _is_sampled(self) -> bool:
         return self.history.step < self.dense or self.history.step % self.every == 0
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._waiting is not None:  # the user does not say what the loss is
             self._look()
         if not self._is_sampled():
-            return
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._weigh(optimizer)
+            return None
+
+        def weighed() -> Any:  # the gradients come with the closure, which some optimizers call several times
+            result = closure()
+            if not self._before:
+                self._weigh(optimizer)
+            return result
+
+        return ((args[0], weighed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": weighed})
+
+    def _weigh(self, optimizer: Optimizer) -> None:
+        """What is to be known of gradients and weights before the optimizer changes them."""
         owned = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
         learning = [p for p in owned if p.grad is not None and not p.grad.is_sparse]
         self._norms = {

@@ -1,0 +1,457 @@
+"""Rules about gradients: whether one arrives, is a number, is not zero, and tells units apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from renorm.diagnose.catalogue import Found, rule
+from renorm.diagnose.evidence import Evidence, entries
+from renorm.diagnose.rules.parameters import apart, held_by, listed, owner_of
+from renorm.diagnose.trace import Node
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether there is nothing but zeros."""
+    return not bool(entries(tensor).any())
+
+
+def calls_of(evidence: Evidence, name: str) -> list[Node]:
+    """The calls of a module, or of what is in it."""
+    return [
+        node for node in evidence.trace.nodes if node.module is not None and within(evidence.names[node.module], name)
+    ]
+
+
+def within(name: str, module: str) -> bool:
+    """Whether a name is that of the module or of something in it."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+def was_called(evidence: Evidence, owner: str, parameters: Iterable[Tensor]) -> bool:
+    """Whether a module took part in the forward pass: called, or its parameters handed to a function."""
+    wanted = {id(parameter) for parameter in parameters}
+    for node in evidence.trace.nodes:
+        # A leaf such as an attention calls what is in it without a call of the inner modules.
+        if node.module is not None and within(owner, evidence.names[node.module]):
+            return True
+        if any(id(tensor) in wanted for tensor in node.inputs):
+            return True
+    return False
+
+
+@rule(
+    "C25",
+    "gradient-not-finite",
+    "error",
+    title="No gradients, or gradients that are NaN or infinite",
+    why="One NaN in a gradient is NaN in the parameter after one step, and in everything after that. A loss without a "
+    "graph cannot be differentiated at all.",
+    fix="Add a small number below roots and in denominators, on the inside; use torch.where on the inputs of the "
+    "dangerous operation rather than on its outputs. Keep tensors: no .item(), .numpy(), .data or argmax on the way "
+    "from the parameters to the loss.",
+    source="the chain rule in IEEE 754 arithmetic: 0 times infinity is NaN",
+    bad="""
+class Distance(nn.Module):
+    def forward(self, x):
+        return (x**2).sum(1, keepdim=True).sqrt()
+
+model = nn.Sequential(nn.Linear(4, 16), Distance())
+nn.init.zeros_(model[0].bias)
+loss = nn.MSELoss()
+x = torch.randn(32, 4)
+x[0] = 0  # the distance is 0, and the root has an infinite slope there
+batch = x, torch.rand(32, 1)
+""",
+    good="""
+class Distance(nn.Module):
+    def forward(self, x):
+        return ((x**2).sum(1, keepdim=True) + 1e-12).sqrt()
+
+model = nn.Sequential(nn.Linear(4, 16), Distance())
+nn.init.zeros_(model[0].bias)
+loss = nn.MSELoss()
+x = torch.randn(32, 4)
+x[0] = 0
+batch = x, torch.rand(32, 1)
+""",
+)
+def gradient_not_finite(evidence: Evidence) -> Iterator[Found]:
+    """The loss is finite and a gradient is not; or there is no graph, or torch cannot go back through it."""
+    loss = evidence.run.loss
+    trainable = [name for name, p in evidence.model.named_parameters() if p.requires_grad]
+    if loss is None or loss.numel() != 1 or not trainable or torch.is_inference_mode_enabled():
+        return
+    if not loss.requires_grad:
+        yield Found(
+            f"the loss does not depend on any of the {len(trainable)} parameters as autograd sees it: loss.backward() "
+            "raises",
+            fix="# find what leaves the graph between the parameters and the loss: detach(), .data, .item(), numpy(), "
+            "argmax, no_grad",
+        )
+        return
+    if evidence.backward_error is not None:
+        said = str(evidence.backward_error).strip().partition("\n")[0]
+        if "checkpoint" not in said:  # which allows backward() and refuses autograd.grad()
+            yield Found(f"the gradients cannot be computed: {said}")
+        return
+    if not math.isfinite(float(loss.detach())):
+        return  # another rule's
+    broken = {name: g for name, g in evidence.gradients.items() if g is not None and not entries(g).isfinite().all()}
+    if broken:
+        count = sum(int((~entries(g).isfinite()).sum()) for g in broken.values())
+        total = sum(entries(g).numel() for g in broken.values())
+        last = list(broken)[-1]  # the nearest to where it arose, as parameters are mostly in the order of the calls
+        yield Found(
+            f"the loss is {float(loss.detach()):.3g}, and {count} of {total} entries in the gradients of "
+            f"{listed(reversed(broken))} are NaN or infinite",
+            module=owner_of(last),
+        )
+
+
+DEEP = """
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+{}
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(32, 8), torch.randint(5, (32,))
+"""
+
+
+@rule(
+    "C25b",
+    "dead-layers",
+    "error",
+    title="Layers whose gradient is exactly zero",
+    why="They do not learn: nothing they do changes the loss. Where a ReLU gives 0 for every sample, or a sigmoid is "
+    "saturated beyond the precision of the numbers, no step will bring them back.",
+    fix="Look at what comes behind the last of them: biases far below zero, inputs that are not scaled, weights that "
+    "are all zero.",
+    source="Lu, Shin, Su & Karniadakis 2020, Dying ReLU and initialization, Commun. Comput. Phys. 28(5); confirmed "
+    "on the batch",
+    bad=DEEP.format("nn.init.constant_(model[2].bias, -100)"),
+    good=DEEP.format("nn.init.zeros_(model[4].weight)  # a head that starts at zero is awake after one step"),
+)
+def dead_layers(evidence: Evidence) -> Iterator[Found]:
+    """Not those behind weights that start at zero and get a gradient themselves, as heads, residual scales and LoRA.
+
+    Those weights are moved a little, as the first step would, and the gradients are looked at again.
+    """
+    if not evidence.loss or not math.isfinite(evidence.loss) or evidence.batch_size < 8:
+        return
+    gradients = {name: g for name, g in evidence.gradients.items() if g is not None}
+    dead = _dead(gradients)
+    moved: set[str] = set()
+    parameters = dict(evidence.model.named_parameters())
+    while dead:
+        asleep = {name for name, g in gradients.items() if is_zero(parameters[name]) and not is_zero(g)}
+        if asleep <= moved:
+            break
+        moved |= asleep
+        gradients = {n: g for n, g in evidence.gradients_after(partial(_move, names=moved)).items() if g is not None}
+        dead &= _dead(gradients)
+    dead = {owner for owner in dead if not _is_choice(evidence, owner)}
+    # The queries and keys of an attention over one key have no gradient either; nothing would depend on better ones.
+    if not dead or not _matters(evidence, {name for name in evidence.gradients if owner_of(name) in dead}):
+        return
+    order = [name for name in _called(evidence) if name in dead] or sorted(dead)
+    last = order[-1]
+    yield Found(
+        f"no gradient reaches {len(dead)} of {len({owner_of(name) for name in evidence.gradients})} layers "
+        f"({listed(order)}): every entry is exactly 0{_because(evidence, last)}",
+        module=last,
+    )
+
+
+def _dead(gradients: dict[str, Tensor]) -> set[str]:
+    """The modules all of whose gradients are zero."""
+    alive = {owner_of(name) for name, gradient in gradients.items() if not is_zero(gradient)}
+    return {owner_of(name) for name in gradients} - alive
+
+
+def _move(model: nn.Module, *, names: set[str]) -> None:
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name in names:
+            noise = 0.01 * torch.randn(parameter.shape, generator=random)
+            parameter.data.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _called(evidence: Evidence) -> list[str]:
+    """The names of leaf modules in the order of their calls."""
+    return [evidence.names[node.module] for node in evidence.trace.nodes if node.module in evidence.names]
+
+
+def _because(evidence: Evidence, name: str) -> str:
+    """What follows a layer, where that is a dead or saturated activation."""
+    for node in calls_of(evidence, name):
+        for after in evidence.trace.consumers(node):
+            values = entries(after.outputs[0])
+            if after.kind == "relu" and values.numel() and not bool(values.any()):
+                return f"; {after.where} behind {name} gives 0 for all {values.numel()} values"
+            if after.kind in ("sigmoid", "tanh"):
+                size = float(entries(node.outputs[0]).abs().mean())
+                return f"; {after.where} behind {name} gets values of size {size:.3g}, where it is flat"
+    return ""
+
+
+def _is_choice(evidence: Evidence, owner: str) -> bool:
+    """Whether a module is one of several in a list that get the same input, as experts do, or got no sample at all."""
+    nodes = calls_of(evidence, owner)
+    if any(tensor.numel() == 0 for node in nodes for tensor in node.inputs):
+        return True
+    parts = owner.split(".")
+    for i, part in enumerate(parts):
+        prefix = ".".join(parts[:i])
+        if not part.isdigit() or not isinstance(evidence.model.get_submodule(prefix), nn.ModuleList):
+            continue
+        mine: set[int] = set()
+        others: set[int] = set()
+        for node in calls_of(evidence, prefix):
+            assert node.module is not None
+            inside = within(evidence.names[node.module], f"{prefix}.{part}" if prefix else part)
+            (mine if inside else others).update(map(id, node.inputs))
+        if mine & others:
+            return True
+    return False
+
+
+@rule(
+    "C25c",
+    "symmetric-units",
+    "error",
+    title="Units that start equal and stay equal",
+    why="Units with the same weights that get the same gradient are one unit, however wide the layer is.",
+    fix="Initialize weights at random; zeros are fine for biases, for last layers and for the scale of a residual "
+    "branch.",
+    source="Goodfellow, Bengio & Courville 2016, Deep Learning, 8.4; confirmed by the gradients on the batch",
+    bad=DEEP.format("for p in model.parameters():\n    nn.init.constant_(p, 0.1)"),
+    good=DEEP.format("for p in model.parameters():\n    nn.init.normal_(p, std=0.3)"),
+)
+def symmetric_units(evidence: Evidence) -> Iterator[Found]:
+    """The rows of a weight are equal, and so are the rows of its gradient, which is not zero."""
+    found = []
+    for name, gradient in evidence.gradients.items():
+        module = evidence.model.get_submodule(owner_of(name))
+        if gradient is None or gradient.layout is not torch.strided or name.rpartition(".")[2][:6] != "weight":
+            continue
+        weight = module.get_parameter(name.rpartition(".")[2])
+        for units, slopes in zip(_units(module, weight), _units(module, gradient), strict=True):
+            if units.shape[0] > 1 and _equal(units, 1e-6) and _equal(slopes, 1e-4) and not is_zero(slopes):
+                found.append((owner_of(name), units))
+                break
+    if found:
+        owner, units = found[0]
+        of_one = units[0].detach().float()
+        yield Found(
+            f"all {units.shape[0]} units of {owner or 'the model'} have the same weights (mean "
+            f"{float(of_one.mean()):.3g}) and get the same gradient: they stay one unit"
+            + (f"; so in {listed(name for name, _ in found[1:])}" if len(found) > 1 else ""),
+            module=owner,
+            fix="\n".join(
+                f'torch.nn.init.kaiming_normal_(model.get_submodule("{name}").weight, nonlinearity="relu")'
+                if hasattr(evidence.model.get_submodule(name), "weight")
+                else f'model.get_submodule("{name}").reset_parameters()'
+                for name in dict.fromkeys(name for name, _ in found)
+            ),
+        )
+
+
+def _units(module: nn.Module, weight: Tensor) -> list[Tensor]:
+    """A weight as units by their incoming weights; the gates of a recurrent layer apart."""
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return [weight.flatten(1)]
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return [weight.transpose(0, 1).flatten(1)] if module.groups == 1 else []
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and weight.shape[0] % module.hidden_size == 0:
+        return list(torch.split(weight, module.hidden_size))
+    return []
+
+
+def _equal(rows: Tensor, tolerance: float) -> bool:
+    """Whether rows are equal, up to a part of the largest entry."""
+    rows = rows.detach().float()
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    return rows.numel() > 0 and float((rows - rows[0]).abs().max()) <= tolerance * largest
+
+
+USED_TWICE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.bn1 = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.fc2, self.bn2 = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.fc1(x)))
+        x = F.relu(self.{}(self.fc2(x)))
+        return self.head(x)
+
+model = Net()
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(32, 8), torch.randint(5, (32,))
+"""
+
+
+@rule(
+    "C25d",
+    "no-gradient",
+    "warning",
+    title="Parameters that no gradient reaches",
+    why="They stay as they were initialized. A layer that was called by another's name, or a graph that was cut, looks "
+    "like a model that learns badly.",
+    fix="Call the layer that is not called, or delete it; take out the detach, .data or no_grad that cuts the graph; "
+    "where both are on purpose, requires_grad_(False) says so.",
+    source="torch.autograd: what is not reached has no gradient, and the optimizer passes over it",
+    bad=USED_TWICE.format("bn1"),
+    good=USED_TWICE.format("bn2"),
+)
+def no_gradient(evidence: Evidence) -> Iterator[Found]:
+    """One batch need not use everything: of layers that were not called at all this is no more than information.
+
+    A warning where a twin was called twice instead; where a layer was called, the loss depends on what it holds, and no
+    gradient arrives, and it is no copy of one that learns: an error, if the optimizer has it and nothing was switched
+    off on purpose.
+    """
+    gradients = evidence.gradients
+    owners: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in evidence.model.named_parameters():
+        if parameter.requires_grad and name in gradients:
+            owners.setdefault(owner_of(name), {})[name] = parameter
+    without = {owner: found for owner, found in owners.items() if all(gradients[name] is None for name in found)}
+    unused = [name for name, found in without.items() if not was_called(evidence, name, found.values())]
+    for owner in list(unused):
+        twin = _called_instead(evidence, owner)
+        if twin:
+            unused.remove(owner)
+            yield Found(
+                f"{owner} is never called, and {twin}, which is like it, is called twice: one for the other?",
+                module=owner,
+                fix=f"# call self.{owner} where self.{twin} is called for the second time",
+            )
+    cut = [name for name in without if name not in unused and was_called(evidence, name, without[name].values())]
+    cut = [name for name in cut if not apart(name)]
+    held = held_by(evidence)
+    if held is not None:
+        cut = [name for name in cut if any(id(parameter) in held for parameter in without[name].values())]
+    if cut and _matters(evidence, {name for owner in cut for name in without[owner]}):
+        cut = [name for name in cut if not _is_copy(evidence, name, owners, set(without))]
+        purpose = any(_switched_off(evidence, name) for name in cut)
+        if cut:
+            yield Found(
+                f"the loss depends on {listed(cut)}, and no gradient arrives there: the graph is cut behind "
+                f"{'them' if len(cut) > 1 else 'it'}"
+                + (", by no_grad or detach" if purpose else "")
+                + (", though the optimizer has the parameters" if held is not None else ""),
+                module=cut[-1],
+                severity="error" if held is not None and not purpose else "warning",
+                fix="\n".join(f'model.get_submodule("{name}").requires_grad_(False)' for name in cut)
+                + "  # if on purpose; else do not leave the graph"
+                if purpose
+                else "# keep the graph: no .data, numpy(), .item(), argmax or torch.tensor(...) of what they give",
+            )
+    if unused:
+        count = sum(parameter.numel() for owner in unused for parameter in without[owner].values())
+        yield Found(
+            f"{listed(unused)}: not called for this batch, {count} numbers that did not take part",
+            module=unused[0],
+            severity="info",
+        )
+
+
+def _called_instead(evidence: Evidence, owner: str) -> str:
+    """A sibling of the same class and shapes that was called twice; experts and stages in lists are no such thing."""
+    parent, _, attribute = owner.rpartition(".")
+    if not attribute or attribute.isdigit() or owner not in {name for name, _ in evidence.model.named_modules()}:
+        return ""
+    module = evidence.model.get_submodule(owner)
+    for name, other in evidence.model.get_submodule(parent).named_children():
+        if other is not module and type(other) is type(module) and str(other) == str(module):
+            calls = [node for node in evidence.trace.nodes if node.module is other]
+            if len(calls) > 1 and name.rstrip("0123456789") == attribute.rstrip("0123456789"):
+                return f"{parent}.{name}" if parent else name
+    return ""
+
+
+def _matters(evidence: Evidence, names: set[str]) -> bool:
+    """Whether the loss changes with these parameters."""
+
+    def shake(model: nn.Module) -> None:
+        random = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name in names:
+                noise = torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
+                parameter.data.add_(noise * (parameter.data.float().abs().mean() + 0.1).to(parameter.dtype))
+
+    before, after = evidence.again(), evidence.again(change=shake)
+    if before.loss is None or after.loss is None:
+        return False
+    return float(before.loss) != float(after.loss)
+
+
+def _is_copy(evidence: Evidence, owner: str, owners: dict[str, dict[str, nn.Parameter]], without: set[str]) -> bool:
+    """Whether a module that learns has the same parameters' shapes: a target network's or a teacher's pattern."""
+
+    def shapes(name: str) -> tuple[str, list[tuple[int, ...]]]:
+        return type(evidence.model.get_submodule(name)).__name__, [tuple(p.shape) for p in owners[name].values()]
+
+    inside, outside = owner.rpartition(".")[2], shapes(owner)
+    return any(
+        other not in without and other.rpartition(".")[2] == inside and shapes(other) == outside for other in owners
+    )
+
+
+def _switched_off(evidence: Evidence, name: str) -> bool:
+    """Whether a module ran under no_grad, or somebody detached what it gave."""
+    for node in calls_of(evidence, name):
+        if not any(output.requires_grad for output in node.outputs):
+            return True
+    return any(node.kind == "detach" and node.inputs and node.inputs[0].requires_grad for node in evidence.trace.nodes)
+
+
+@rule(
+    "C25e",
+    "vanishing-at-the-start",
+    "warning",
+    title="Gradients of the first layer that are a tiny or huge part of the last layer's",
+    why="With plain steps only one end of the model learns; with Adam small gradients drown in rounding and in eps.",
+    fix="Initialize for the activation (kaiming_normal_ for ReLU, xavier_normal_ for tanh), use ReLU-like activations "
+    "instead of sigmoids, and put norms or residual connections between.",
+    source="Glorot & Bengio 2010, AISTATS 9; threshold calibrated on the clean programs of tests/diagnose",
+    bad="""
+model = nn.Sequential(*[part for _ in range(10) for part in (nn.Linear(16, 16), nn.Sigmoid())], nn.Linear(16, 5))
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(32, 16), torch.randint(5, (32,))
+""",
+    good="""
+model = nn.Sequential(*[part for _ in range(10) for part in (nn.Linear(16, 16), nn.ReLU())], nn.Linear(16, 5))
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(32, 16), torch.randint(5, (32,))
+""",
+)
+def vanishing_at_the_start(evidence: Evidence) -> Iterator[Found]:
+    """Root mean squares of the gradients of the first and of the last weight matrix that were called."""
+    ends = []
+    for name in _called(evidence):
+        gradient = evidence.gradients.get(f"{name}.weight")
+        if gradient is None or gradient.layout is not torch.strided or gradient.dim() < 2:
+            continue
+        module = evidence.model.get_submodule(name)
+        size = float(entries(gradient).square().mean().sqrt())
+        # Weights at zero pass nothing on, and that changes with the first step.
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or size == 0 or is_zero(module.get_parameter("weight")):
+            continue
+        ends.append((name, size))
+    if len(ends) < 3 or not all(math.isfinite(size) for _, size in ends):
+        return
+    (first, low), (last, high) = ends[0], ends[-1]
+    ratio = low / high
+    if ratio < 1e-6 or ratio > 1e6:
+        yield Found(
+            f"the gradient of {first} has a root mean square of {low:.2g}, that of {last} {high:.2g}: {ratio:.1g}x",
+            module=first,
+        )

@@ -1,0 +1,33 @@
+"""Healthy programs: `check` has nothing to say about them, save infos."""
+
+from program import programs
+
+from clean import (
+    agents,
+    generative,
+    graphs,
+    precision,
+    segmentation,
+    sequences,
+    similarity,
+    tabular,
+    text,
+    transfer,
+    tricky,
+    vision,
+)
+
+ALL = programs(
+    vision,
+    segmentation,
+    text,
+    sequences,
+    tabular,
+    graphs,
+    generative,
+    similarity,
+    transfer,
+    agents,
+    precision,
+    tricky,
+)
