@@ -13,11 +13,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from renorm.errors import ShapeError
+from renorm.norms.cosine import CosineConv1d, CosineConv2d, CosineConv3d, CosineLinear
 from renorm.norms.weight import (
-    CosineConv1d,
-    CosineConv2d,
-    CosineConv3d,
-    CosineLinear,
     initialize_weight_norm,
     spectral_norm,
     weight_norm,

@@ -9,6 +9,7 @@ from renorm import errors, kernels
 from renorm.norms.batch import BatchRenorm, GhostBatchNorm, PowerNorm, Ramp
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
 from renorm.norms.condition import SPADE, ConditionalNorm, FiLM
+from renorm.norms.cosine import CosineConv1d, CosineConv2d, CosineConv3d, CosineLinear
 from renorm.norms.evo import EvoNormB0, EvoNormS0
 from renorm.norms.gradient import centralize_gradients, clip_gradients_adaptively, normalize_gradients
 from renorm.norms.inplace import InPlaceBatchNorm2d
@@ -18,10 +19,6 @@ from renorm.norms.pointwise import TLU, DyT
 from renorm.norms.response import FRN, GlobalResponseNorm
 from renorm.norms.style import AdaIN, CrossNorm, SelfNorm
 from renorm.norms.weight import (
-    CosineConv1d,
-    CosineConv2d,
-    CosineConv3d,
-    CosineLinear,
     initialize_weight_norm,
     spectral_norm,
     weight_norm,
