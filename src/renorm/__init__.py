@@ -16,6 +16,7 @@ from renorm.norms.inplace import InPlaceBatchNorm2d
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
 from renorm.norms.pointwise import TLU, DyT
+from renorm.norms.recurrent import LayerNormGRU, LayerNormLSTM
 from renorm.norms.response import FRN, GlobalResponseNorm
 from renorm.norms.style import AdaIN, CrossNorm, SelfNorm
 from renorm.norms.weight import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from renorm import diagnose
     from renorm.cards import explain
     from renorm.comparison import Comparison, compare
-    from renorm.diagnose import check, watch
+    from renorm.diagnose import check, watch, worst_cases
     from renorm.drawing import draw
 
 __version__ = "0.1.0.dev0"
@@ -84,6 +85,8 @@ __all__ = [
     "IterNorm",
     "LayerNorm",
     "LayerNorm2d",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "LocalResponseNorm",
     "Norm",
     "PositionalNorm",
@@ -116,6 +119,7 @@ __all__ = [
     "watch",
     "weight_norm",
     "weight_standardization",
+    "worst_cases",
 ]
 
 # Names whose modules import plotting, tables or process pools: loaded at first use.
@@ -126,6 +130,7 @@ _LAZY = {
     "draw": "renorm.drawing",
     "explain": "renorm.cards",
     "watch": "renorm.diagnose",
+    "worst_cases": "renorm.diagnose",
 }
 
 

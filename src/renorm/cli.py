@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +64,7 @@ def compare(
     model: Annotated[
         str | None,
         typer.Option(
-            help="mlp, cnn, resnet, transformer; or module:function or file.py:function that builds yours, "
+            help="mlp, cnn, resnet, lstm, tcn, transformer; or module:function or file.py:function that builds yours, "
             "whose norms are then replaced.  [default: mlp]"
         ),
     ] = None,
@@ -70,7 +72,7 @@ def compare(
         list[str] | None,
         _axis("none, batch, layer, instance, group, group(32), rms, switch, or a pattern"),
     ] = None,
-    batch_size: Annotated[list[str] | None, _axis("Samples a step  [default: 2,32]")] = None,
+    batch_size: Annotated[list[str] | None, _axis("Samples a step, or all of them  [default: 2,32]")] = None,
     lr: Annotated[
         list[str] | None, _axis("Learning rates at batch size 32  [default: 0.1, in a regression 0.01]")
     ] = None,
@@ -127,6 +129,92 @@ def compare(
             console.print(f"note: {note}", markup=False, highlight=False)
         console.print(f"took {duration(time.monotonic() - start)}; report: ", end="", highlight=False)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+
+@main.command()
+def check(
+    program: Annotated[
+        str,
+        typer.Argument(
+            help="module:function or file.py:function; it returns a model, (model, loss, optimizer, loader), or a dict "
+            "of renorm.check's arguments.",
+            metavar="PROGRAM",
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="text, json, sarif or github (annotations).")] = "text",
+    output: Annotated[Path | None, typer.Option(help="Write to this file, and one line to the terminal.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Rules to leave out; commas, or the option again.", metavar="ID,...")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Rules that are left out otherwise: C29.", metavar="ID,...")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors do.")] = False,
+    seed: Annotated[int, typer.Option(help="Set before the function is called.")] = 0,
+) -> None:
+    """Look for mistakes in a training program on one batch, before it trains.
+
+    Ends with 0 where there is no error, with 1 where there is one, with 2 where the program cannot be checked.
+    """
+    with _told():
+        from renorm.diagnose import check as look
+        from renorm.diagnose.formats import FORMATS, Checked, show
+        from renorm.diagnose.program import arguments, place_of
+        from renorm.errors import RuleError
+
+        if format not in FORMATS:
+            raise RuleError(f"--format is one of {', '.join(FORMATS)}; got {format!r}")
+        build, returned = _built(program, seed)
+        given = arguments(returned, program)
+        with _users(program, "must give a batch that can be looked at"):
+            report = look(**given, ignore=_several(ignore), include=_several(include))
+        places = tuple(place_of(finding, given["model"], build) for finding in report.findings)
+        checked = Checked(report, program, places)
+        if output is not None:
+            output.write_text(FORMATS[format](checked) + "\n", encoding="utf-8")
+            typer.echo(f"{program}: {report.summary}; written to {output}")
+        elif format == "text":
+            show(checked, Console())
+        else:
+            typer.echo(FORMATS[format](checked))
+        failing = ("error", "warning") if strict else ("error",)
+        if any(finding.severity in failing for finding in report.findings):
+            raise typer.Exit(1)
+
+
+def _built(program: str, seed: int) -> tuple[Callable[..., Any], Any]:
+    """The function that is named, and what it returned."""
+    import torch
+
+    from renorm.comparison.reference import Reference
+    from renorm.errors import RuleError
+
+    if not program.rpartition(":")[0]:
+        raise RuleError(f"a program is module:function or file.py:function; got {program!r}")
+    with redirect_stdout(sys.stderr):
+        build = Reference(program).resolve()
+    torch.manual_seed(seed)
+    with _users(program, "must return what is to be checked"):
+        return build, build()
+
+
+@contextmanager
+def _users(program: str, must: str) -> Iterator[None]:
+    """Run the user's code: what it prints is no part of the report, and where it fails is told."""
+    from renorm.errors import RenormError, RuleError
+
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except RenormError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        traceback.print_exc()
+        raise RuleError(f"{program} {must}; it raised {type(error).__name__}: {error}") from error
+
+
+def _several(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(word.strip() for text in given or () for word in text.split(",") if word.strip())
 
 
 @main.command()

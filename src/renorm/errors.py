@@ -4,6 +4,8 @@ __all__ = [
     "BackendError",
     "DataError",
     "DiagnosisError",
+    "LossError",
+    "MeasureError",
     "PatternError",
     "RenormError",
     "RuleError",
@@ -67,6 +69,14 @@ class DataError(RenormError, ValueError):
 
 class StudyError(RenormError, ValueError):
     """A study's settings are wrong: an unknown key, an empty axis, a value out of range."""
+
+
+class MeasureError(RenormError, ValueError):
+    """A measure was given what it is not defined for: no probabilities, an unknown kind, values that are not finite."""
+
+
+class LossError(RenormError, ValueError):
+    """An output and a target that no loss fits, or not the one that was asked for."""
 
 
 class RuleError(RenormError, ValueError):

@@ -42,8 +42,8 @@ def programs(*modules):
     """The functions of these modules that return a Program, by name."""
     found = {}
     for module in modules:
-        for name, build in inspect.getmembers(module, inspect.isfunction):
-            if build.__module__ == module.__name__ and build.__annotations__.get("return") is Program:
+        for name, build in vars(module).items():
+            if inspect.isfunction(build) and build.__module__ == module.__name__ and build.__annotations__.get("return") is Program:
                 assert name not in found, f"two programs have the name {name}"
                 found[name] = build
     return found
@@ -54,6 +54,4 @@ def diagnosed(build, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         program = build()
-        return check(
-            program.model, program.loss, program.optimizer, program.batch, program.loader, **program.options
-        )
+        return check(program.model, program.loss, program.optimizer, program.batch, program.loader, **program.options)

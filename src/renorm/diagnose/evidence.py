@@ -6,6 +6,7 @@ Nothing that is looked at here stays changed: parameters, buffers, gradients, mo
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import warnings
 from collections import deque
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from renorm.diagnose.hidden import TORCH, attributes, modules_of
+from renorm.diagnose.hidden import TORCH, attributes, hidden, modules_of
 from renorm.diagnose.trace import LossCall, Node, Trace, record, tensors_in
 from renorm.errors import RuleError
 
@@ -59,6 +60,7 @@ class Evidence:
     target: Any
     run: Run  # of this batch, as the model was given: in its modes, with gradients
     seed: _RandomState = field(repr=False)
+    loose: dict[int, Tensor] = field(default_factory=dict)  # in attributes before the run, not registered; by id
 
     @property
     def trace(self) -> Trace:
@@ -171,9 +173,10 @@ def gather(
         batch = next(iter(loader))
     inputs, target = parted(batch)
     seed = _RandomState()
+    loose = {id(tensor): tensor for item in hidden(model) for tensor in item.tensors}
     with torch.enable_grad():
         run = forward(model, loss, inputs, target)
-    return Evidence(model, loss, optimizer, loader, inputs, target, run, seed)
+    return Evidence(model, loss, optimizer, loader, inputs, target, run, seed, loose)
 
 
 def parted(batch: Any) -> tuple[Any, Any]:
@@ -193,12 +196,7 @@ def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Ru
         warnings.simplefilter("ignore")  # what torch warns of is among the findings
         run = Run(trace, inputs, target)
         try:
-            if isinstance(inputs, Mapping):
-                run.output = model(**inputs)
-            elif isinstance(inputs, (list, tuple)) and not hasattr(inputs, "_fields"):
-                run.output = model(*inputs)
-            else:
-                run.output = model(inputs)
+            run.output = _called(model, inputs)
         except Exception as error:  # a user's model may raise anything, and that is evidence
             run.error, run.stage = error, "model"
             return run
@@ -207,6 +205,26 @@ def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Ru
         except Exception as error:
             run.error, run.stage = error, "loss"
     return run
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    """The model's output for a dict of arguments, for several inputs, or for one; as its forward can take them."""
+    positional: tuple[Any, ...] = (inputs,)
+    named: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        positional, named = (), dict(inputs)
+    elif isinstance(inputs, (list, tuple)) and not hasattr(inputs, "_fields"):
+        positional = tuple(inputs)
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(inputs)
+        try:
+            signature.bind(*positional, **named)
+        except TypeError:  # a forward that takes the whole batch and unpacks it itself
+            positional, named = (inputs,), {}
+    except (TypeError, ValueError):  # it takes several, or nobody knows
+        pass
+    return model(*positional, **named)
 
 
 def _loss_of(loss: Loss | None, output: Any, target: Any) -> Tensor | None:

@@ -81,9 +81,7 @@ def show(checked: Checked, console: Console) -> None:
 
 def in_json(checked: Checked) -> str:
     """The report as JSON: the version, what was checked, how many findings of each severity, and all of each."""
-    findings = [
-        {**finding.to_dict(), "file": place.file, "line": place.line} for finding, place in checked.located
-    ]
+    findings = [{**finding.to_dict(), "file": place.file, "line": place.line} for finding, place in checked.located]
     made = {
         "renorm": importlib.metadata.version("renorm"),
         "program": checked.program,

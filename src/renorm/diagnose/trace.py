@@ -29,6 +29,8 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Softmax, nn.Softmax2d), "softmax"),
     ((nn.LogSoftmax,), "log_softmax"),
     ((nn.LogSigmoid,), "logsigmoid"),
+    ((nn.Softplus,), "softplus"),
+    ((nn.Hardsigmoid,), "hardsigmoid"),
     ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout), "dropout"),
     ((nn.Linear,), "linear"),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose"),

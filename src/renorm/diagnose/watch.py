@@ -11,8 +11,7 @@ import functools
 import json
 import math
 import sys
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +22,51 @@ from torch.optim import Optimizer
 from renorm.diagnose import rules as _rules  # noqa: F401 (fills the catalogue)
 from renorm.diagnose.catalogue import RULES
 from renorm.diagnose.finding import Finding, Report, ordered
-from renorm.diagnose.history import History, Layer, Sample
-from renorm.diagnose.trace import kind_of_module
+from renorm.diagnose.fit import compared, fetched
+from renorm.diagnose.history import FIRST, Counts, History, Layer, Sample, Validation
+from renorm.diagnose.layers import Layers, is_compiled, unwrapped
 from renorm.errors import DiagnosisError, RuleError
 
 __all__ = ["Watch", "watch"]
 
-MAX_ENTRIES = 65536  # of an activation that are looked at; a strided choice of more
+MAX_COPIED = 2**22  # entries of a parameter that are copied to see how it changes; rows of larger ones
+PATIENCE = 8  # steps of other optimizers for which the hooks wait for one that is to be sampled
+RECENT = 50  # training losses that a validation loss is compared with
 OnError = Literal["print", "raise", "silent"]
+Key = tuple[str, str]  # what a number is, and of which parameter
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A sample whose numbers are not fetched yet."""
+
+    step: int
+    numbers: dict[Key, Tensor | float]
+    layers: dict[str, tuple[str, dict[str, Tensor | float]]]
+    sample: dict[str, Any]  # what is known of it already
+    comparison: tuple[str, Tensor] | None = None
+
+
+class _Track:
+    """What is under way for one optimizer."""
+
+    def __init__(self, optimizer: Optimizer, history: History, label: str) -> None:
+        self.optimizer, self.history, self.label = optimizer, history, label
+        self.owned: list[tuple[str, Tensor]] = []  # parameters, while a sampled step is under way
+        self.before: list[Tensor] | None = None  # copies of them, or of rows of large ones
+        self.numbers: dict[Key, Tensor | float] = {}
+        self.waiting: _Draft | None = None  # for its loss
+        self.losses: list[tuple[int, Tensor | float]] = []  # not fetched yet
+        self.unasked = 0  # losses since the rules were asked
+        self.looks = 0
+        self.stepped = 0  # when it stepped last, in steps of all
+        self.listener: Any = None  # the hook that sees gradients before a backward pass adds to them
+        self.found: list[Tensor | None] = []  # what it saw
+
+    @property
+    def partly(self) -> list[str]:
+        """The parameters of which only rows are copied."""
+        return [name for name, p in self.owned if _steps_over(_local(p)) > 1]
 
 
 class Watch:
@@ -38,7 +74,7 @@ class Watch:
 
     def __init__(
         self,
-        model: nn.Module,
+        models: dict[str, nn.Module],
         optimizers: tuple[Optimizer, ...],
         loader: Iterable[Any] | None,
         every: int,
@@ -47,298 +83,534 @@ class Watch:
         ignore: Collection[str],
         log: str | Path | None,
     ) -> None:
-        self.history = History(model, optimizers, loader)
         self.every, self.dense, self.on_error = every, dense, on_error
+        self.models = models
+        inner = {label: unwrapped(model) for label, model in models.items()}
+        self.model = inner[""] if "" in inner else nn.ModuleDict(inner)
+        self._tracks = [
+            _Track(
+                optimizer,
+                History(self.model, optimizer, optimizers, loader),
+                f"optimizer {i}" if len(optimizers) > 1 else "",
+            )
+            for i, optimizer in enumerate(optimizers)
+        ]
         self._rules = [r for r in RULES.values() if r.when == "watch" and not {r.id, r.slug} & set(ignore)]
         self._failures: list[str] = []
-        self._found: dict[tuple[str, str], Finding] = {}  # by rule and module
-        self._suspected: dict[tuple[str, str], int] = {}  # warnings seen once, and in which look
-        self._looks = 0
+        self._found: dict[tuple[str, str, str], Finding] = {}  # by rule, module and optimizer
+        self._suspected: dict[tuple[str, str, str], int] = {}  # warnings seen once, and in which look
         self._log = None if log is None else Path(log)
         self._names: dict[Tensor, str] = {}
         self._handles: list[Any] = []
-        self._hooks: list[Any] = []  # of the forward pass, while a step is sampled
-        self._pending: dict[str, tuple[str, dict[str, Tensor]]] = {}  # of this step's layers: kind, numbers
-        self._before: list[Tensor] = []  # copies of the parameters, while the optimizer steps
-        self._owned: list[Tensor] = []  # parameters of the optimizer that steps
-        self._learning: list[Tensor] = []  # those with a gradient
-        self._norms: dict[str, list[Tensor]] = {}
-        self._memory: dict[str, dict[str, Any]] = {}  # of the measures, by module
-        self._losses: list[tuple[int, Tensor | float]] = []  # not fetched yet
-        self._waiting: Sample | None = None  # for its loss
+        self._layers = Layers(models, self._fail)
+        self._off = False  # after a failure of our own
+        self._total = 0  # steps of all optimizers
+        self._last = self._tracks[0]  # whose optimizer stepped last
+        self._locating = 0  # steps for which values that are not finite are searched
 
     # ---- what the user calls
 
     @property
+    def history(self) -> History:
+        """What was seen of the first optimizer's steps."""
+        return self._tracks[0].history
+
+    @property
     def report(self) -> Report:
         """What was found so far."""
-        return Report(ordered(self._found.values()), tuple(self._failures), self.history.model)
+        return Report(ordered(self._found.values()), tuple(self._failures), self.model)
 
-    def step(self, loss: Tensor | float) -> None:
-        """Say what the loss of the step was, behind ``optimizer.step()``."""
-        self._losses.append((self.history.step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
-        on_device = isinstance(loss, Tensor) and loss.device.type != "cpu"
-        if not on_device or self._waiting is not None or len(self._losses) >= self.every:
-            self._look()
+    def step(self, loss: Tensor | float, outputs: Tensor | None = None, targets: Tensor | None = None) -> None:
+        """Say what the loss of the step was, behind ``optimizer.step()``.
 
-    def validate(self, loss: Tensor | float) -> None:
-        """Say what the loss on validation data is."""
-        self._fetch_losses()
-        recent = [value for _, value in list(self.history.losses)[-100:]]
-        training = sum(recent) / len(recent) if recent else math.nan
-        self.history.validations.append((self.history.step, float(loss), training))
-        self._look(validated=True)
+        With several optimizers it counts for the one that stepped last. `outputs` and `targets` are the model's and the
+        batch's: with them, predictions are looked at, too.
+        """
+        track = self._last
+        with self._safely():
+            value = _number(loss)
+            track.losses.append((max(0, track.history.step - 1), value))
+            track.unasked += 1
+            if track.waiting is not None and outputs is not None and targets is not None:
+                track.waiting.comparison = compared(outputs, targets)
+            lost = isinstance(value, float) and not math.isfinite(value) and "lost" not in track.history.events
+            if lost or track.waiting is not None or track.unasked > self.every:
+                self._look()
+
+    def validate(self, loss: Tensor | float, outputs: Tensor | None = None, targets: Tensor | None = None) -> None:
+        """Say what the loss on validation data is; `outputs` and `targets` as those of `step`, of all or of a part."""
+        with self._safely():
+            made = None if outputs is None or targets is None else compared(outputs, targets)
+            value, *rest = _fetch([torch.as_tensor(_number(loss)), *([made[1]] if made else [])])
+            for track in self._settle():
+                track.unasked += self.every + 1
+            with_losses = [track for track in self._tracks if track.history.losses]
+            track = with_losses[0] if with_losses else self._tracks[0]
+            history = track.history
+            recent = history.latest(RECENT) if len(with_losses) == 1 else []
+            training = math.fsum(recent) / len(recent) if recent else math.nan
+            history.validations.append(Validation(history.step, value[0], training))
+            if made is not None:
+                _keep(history, made[0], rest[0], history.step, validation=True)
+            track.unasked += 1  # the rules are asked with the next sample, which they confirm it by
+
+    def gather(self) -> Report:
+        """The findings of all processes of torch.distributed, each once; every process must call it."""
+        found: list[Any] = [None]
+        if _distributed():
+            found = [None] * torch.distributed.get_world_size()
+            mine = [(key, dataclasses.replace(finding, mend=None)) for key, finding in self._found.items()]
+            torch.distributed.all_gather_object(found, (mine, self._failures))
+        else:
+            found = [(list(self._found.items()), self._failures)]
+        merged: dict[tuple[str, str, str], Finding] = {}
+        for theirs, _ in found:
+            for key, finding in theirs:
+                known = merged.get(key)
+                count = finding.count + (0 if known is None else known.count)
+                merged[key] = dataclasses.replace(known or finding, count=count)
+        failures = dict.fromkeys(failure for _, theirs in found for failure in theirs)
+        return Report(ordered(merged.values()), tuple(failures), self.model)
 
     def __enter__(self) -> Watch:
-        self._names = {p: name for name, p in self.history.model.named_parameters()}
-        for optimizer in self.history.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if self._is_sampled():
-            self._attach()
+        if self._handles:
+            raise RuleError("this watch is under way already: leave its `with` block first, or call renorm.watch again")
+        for track in self._tracks:
+            before = functools.partial(self._guarded, self._before_step, track)
+            after = functools.partial(self._guarded, self._after_step, track)
+            self._handles.append(track.optimizer.register_step_pre_hook(before))
+            self._handles.append(track.optimizer.register_step_post_hook(after))
+            track.stepped = self._total
+        with self._safely():
+            self._arm()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.close()
+        self.close(quiet=error is not None)
 
-    def close(self) -> None:
-        """Stop watching; the report stays."""
-        self._detach()
+    def close(self, *, quiet: bool = False) -> None:
+        """Stop watching; the report stays. `quiet`: raise nothing, whatever `on_error` says."""
+        self._layers.detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._waiting is not None or self._losses:
-            self._look(last=True)
+        for track in self._tracks:
+            track.before = None
+            if track.listener is not None:
+                track.listener.remove()
+        with self._safely():
+            self._located()
+            self._look(last=True, quiet=quiet)
 
     # ---- around a step
 
-    def _is_sampled(self) -> bool:
-        return self.history.step < self.dense or self.history.step % self.every == 0
+    def _is_sampled(self, track: _Track) -> bool:
+        step = track.history.step
+        return not self._off and (step < self.dense or step % self.every == 0)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._waiting is not None:  # the user does not say what the loss is
-            self._look()
-        if not self._is_sampled():
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self._weigh(optimizer)
-            return None
-
-        def weighed() -> Any:  # the gradients come with the closure, which some optimizers call several times
-            result = closure()
-            if not self._before:
-                self._weigh(optimizer)
-            return result
-
-        return ((args[0], weighed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": weighed})
-
-    def _weigh(self, optimizer: Optimizer) -> None:
-        """What is to be known of gradients and weights before the optimizer changes them."""
-        owned = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
-        learning = [p for p in owned if p.grad is not None and not p.grad.is_sparse]
-        self._norms = {
-            "gradients": _norms([p.grad for p in learning if p.grad is not None]),
-            "weights": _norms([p.detach() for p in owned]),
-        }
-        self._owned, self._learning = owned, learning
-        self._before = [p.detach().clone() for p in owned]
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_sampled() and self._before:
-            changes = torch._foreach_sub([p.detach() for p in self._owned], self._before)
-            names, learning = ([self._names[p] for p in ps] for ps in (self._owned, self._learning))
-            layers = [(name, kind, key) for name, (kind, made) in self._pending.items() for key in made]
-            numbers = [self._pending[name][1][key] for name, _, key in layers]
-            fetched = _fetch([*self._norms["gradients"], *self._norms["weights"], *_norms(list(changes)), *numbers])
-            cut = len(learning), len(learning) + len(names), len(learning) + 2 * len(names)
-            found: dict[str, Layer] = {}
-            for (name, kind, key), value in zip(layers, fetched[cut[2] :], strict=True):
-                found.setdefault(name, Layer(kind, {})).numbers[key] = value
-            groups = [(float(g["lr"]), p) for g in optimizer.param_groups for p in g["params"] if p in self._names]
-            self._waiting = Sample(
-                self.history.step,
-                None,
-                dict(zip(learning, fetched[: cut[0]], strict=True)),
-                dict(zip(names, fetched[cut[0] : cut[1]], strict=True)),
-                dict(zip(names, fetched[cut[1] : cut[2]], strict=True)),
-                found,
-                {self._names[p]: rate for rate, p in groups},
-            )
-            self._before, self._pending = [], {}
-        self.history.step += 1
-        self._detach()
-        if self._is_sampled():
-            self._attach()
-
-    # ---- layers
-
-    def _attach(self) -> None:
-        if torch.compiler.is_compiling():
+    def _guarded(self, call: Callable[..., None], track: _Track, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # an optimizer's step may be compiled, and a hook with it
             return
-        for name, module in self.history.model.named_modules():
-            kind = kind_of_module(module)
-            if kind in MEASURES:
-                hook = functools.partial(self._measure, name=name, kind=kind)
-                self._hooks.append(module.register_forward_hook(hook))
+        with self._safely():
+            call(track, args, kwargs)
 
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    def _safely(self) -> _Safely:
+        return _Safely(self)
 
     @torch.no_grad()
-    def _measure(self, module: nn.Module, inputs: Any, output: Any, *, name: str, kind: str) -> None:
-        if torch.compiler.is_compiling() or not module.training or not isinstance(output, Tensor) or not inputs:
+    def _before_step(self, track: _Track, args: Any, kwargs: Any) -> None:
+        if track.waiting is not None:  # the user does not say what the loss is
+            self._look()
+        if not self._is_sampled(track):
             return
-        made = MEASURES[kind](module, inputs[0].detach(), output.detach(), self._memory.setdefault(name, {}))
-        if made:
-            self._pending[name] = kind, made
+        if any(p not in self._names for group in track.optimizer.param_groups for p in group["params"]):
+            self._names = self._named()
+        owned = [p for group in track.optimizer.param_groups for p in group["params"] if p in self._names]
+        track.owned = [(self._names[p], p) for p in owned if not nn.parameter.is_lazy(p)]
+        track.numbers = _keyed("weight", track.owned, _norms(_local(p) for _, p in track.owned))
+        if not _closure(args, kwargs):
+            self._weigh_gradients(track)
+        rows = [_rows(p) for _, p in track.owned]
+        if track.partly:
+            track.numbers |= _keyed("rows", track.owned, _norms(rows))
+        track.before = [row.clone(memory_format=torch.preserve_format) for row in rows]
+
+    def _weigh_gradients(self, track: _Track) -> None:
+        scale = getattr(track.optimizer, "grad_scale", None)  # a fused optimizer under a scaler divides by it itself
+        learning = [(name, p.grad) for name, p in track.owned if p.grad is not None]
+        norms = _norms(_dense(_local(grad)) for _, grad in learning)
+        if isinstance(scale, Tensor):
+            norms = [norm / scale for norm in norms]
+        track.numbers |= _keyed("gradient", learning, norms)
+
+    @torch.no_grad()
+    def _after_step(self, track: _Track, args: Any, kwargs: Any) -> None:
+        history = track.history
+        seen = self._layers.take()
+        if track.before is not None:
+            before, track.before = track.before, None
+            if _closure(args, kwargs):  # the gradients came with it
+                self._weigh_gradients(track)
+            changes = torch._foreach_sub([_rows(p) for _, p in track.owned], before) if before else []
+            track.numbers |= _keyed("update", track.owned, _norms(changes))
+            if track.found:
+                found = [0.0 if norm is None else norm for norm in track.found]
+                track.numbers |= {("left", str(i)): norm for i, norm in enumerate(found)}
+            track.numbers |= {("input", str(i)): most for i, most in enumerate(seen.inputs)}
+            missed = getattr(track.optimizer, "found_inf", None)
+            if isinstance(missed, Tensor):
+                track.numbers["skipped", ""] = missed
+            rates = {
+                self._names[p]: float(group["lr"])
+                for group in track.optimizer.param_groups
+                for p in group["params"]
+                if p in self._names and "lr" in group
+            }
+            facts = {
+                "rates": rates,
+                "outputs": tuple(dict.fromkeys(seen.shapes)),
+                "modes": {label: unwrapped(model).training for label, model in self.models.items()},
+                "partly": frozenset(track.partly),
+            }
+            track.waiting = _Draft(history.step, track.numbers, seen.layers, facts)
+        if seen.outputs:
+            self._located(seen.outputs)
+        history.step += 1
+        self._total += 1
+        track.stepped = self._total
+        self._last = track
+        self._arm()
+
+    def _arm(self) -> None:
+        """Put the hooks where the next step needs them, or take them away."""
+        sampled = [track for track in self._tracks if self._is_sampled(track)]
+        if self._locating or any(self._total - track.stepped <= PATIENCE for track in sampled):
+            if not self._layers.attached:
+                self._names = self._named()
+            self._layers.attach(locating=self._locating > 0)
+        elif self._layers.attached:
+            self._layers.detach()
+        track = self._last
+        if track.listener is not None:
+            track.listener.remove()
+            track.listener = None
+        track.found = []
+        if self._is_sampled(track) and not any(map(is_compiled, self.models.values())):
+            self._listen(track)
+
+    def _listen(self, track: _Track) -> None:
+        """See what the next backward passes find in the place of a gradient."""
+        params = [p for group in track.optimizer.param_groups for p in group["params"]]
+        chosen = next((p for p in reversed(params) if p.requires_grad and p.grad is not None), None)
+        if chosen is None:
+            return
+
+        def arrives(_: Tensor) -> None:
+            grad = chosen.grad
+            with torch.no_grad():
+                track.found.append(None if grad is None else _norms([_dense(_local(grad))])[0])
+
+        track.listener = chosen.register_hook(arrives)
+
+    def _named(self) -> dict[Tensor, str]:
+        names: dict[Tensor, str] = {
+            p: name.replace("_orig_mod.", "")
+            for label, model in self.models.items()
+            for name, p in unwrapped(model).named_parameters(prefix=label)
+        }
+        sizes = {name: tuple(p.shape) for p, name in names.items() if not nn.parameter.is_lazy(p)}
+        for track in self._tracks:
+            track.history.sizes = sizes
+        return names
+
+    # ---- numbers
+
+    def _settle(self) -> list[_Track]:
+        """Fetch all that waits, once; the optimizers that have a new sample, or the first loss that is not finite."""
+        tensors: list[Tensor] = []
+        news: list[_Track] = []
+        for track in self._tracks:
+            draft = track.waiting
+            if draft is not None:
+                tensors += [value for value in draft.numbers.values() if isinstance(value, Tensor)]
+                tensors += [v for _, made in draft.layers.values() for v in made.values() if isinstance(v, Tensor)]
+                tensors += [draft.comparison[1]] if draft.comparison else []
+            tensors += [value for _, value in track.losses if isinstance(value, Tensor)]
+        values = iter(_fetch(tensors))
+        for track in self._tracks:
+            history, draft, track.waiting = track.history, track.waiting, None
+            if draft is not None:
+                numbers = {k: next(values)[0] if isinstance(v, Tensor) else v for k, v in draft.numbers.items()}
+                layers = {
+                    name: Layer(kind, {k: next(values)[0] if isinstance(v, Tensor) else v for k, v in made.items()})
+                    for name, (kind, made) in draft.layers.items()
+                }
+                if draft.comparison is not None:
+                    _keep(history, draft.comparison[0], next(values), draft.step, validation=False)
+            for step, value in track.losses:
+                history.losses.append((step, next(values)[0] if isinstance(value, Tensor) else value))
+                if len(history.start) < FIRST:
+                    history.start.append(history.losses[-1][1])
+            lost = any(not math.isfinite(history.losses[i][1]) for i in range(-len(track.losses), 0))
+            if lost and "lost" not in history.events:
+                self._lose(history)
+                news.append(track)
+            elif draft is not None:
+                news.append(track)
+            track.losses.clear()
+            if draft is not None:
+                history.samples.append(_sample(draft, numbers, layers, history))
+                if history.first is None and history.samples[-1].gradients:
+                    history.first = history.samples[-1]
+        return news
+
+    def _lose(self, history: History) -> None:
+        """The loss is not finite any more: which parameters are not, and where does it come from?"""
+        named = [(name, p) for p, name in self._named().items() if not nn.parameter.is_lazy(p)]
+        norms = _fetch(_norms(_local(p) for _, p in named))
+        history.events["lost"] = [n for (n, _), (norm,) in zip(named, norms, strict=True) if not math.isfinite(norm)]
+        if len(history.events["lost"]) < len(named) / 2:  # else they make everything behind them so
+            self._locating = PATIENCE
+
+    def _located(self, outputs: list[tuple[str, Tensor]] | None = None) -> None:
+        """Which layer was the first whose output is not finite."""
+        if not self._locating:
+            return
+        outputs = self._layers.take().outputs if outputs is None else outputs
+        values = zip(outputs, _fetch([most for _, most in outputs]), strict=True)
+        first = next((name for (name, _), (most,) in values if not math.isfinite(most)), None)
+        self._locating -= 1
+        if first is not None:
+            self._locating = 0
+            for track in self._tracks:
+                if "lost" in track.history.events:
+                    track.history.events["located"] = first
+                    track.unasked += self.every + 1
 
     # ---- rules
 
-    def _fetch_losses(self) -> None:
-        tensors = [value for _, value in self._losses if isinstance(value, Tensor)]
-        fetched = iter(_fetch([value.float().mean() for value in tensors]))
-        for step, value in self._losses:
-            self.history.losses.append((step, next(fetched) if isinstance(value, Tensor) else value))
-        self._losses.clear()
+    def _look(self, *, last: bool = False, quiet: bool = False) -> None:
+        """Fetch what waits, and ask the rules about the optimizers of which something is new."""
+        news = self._settle()
+        new: list[Finding] = []
+        for track in self._tracks:
+            validated = last and track.history.validations and track.unasked
+            if track in news or track.unasked > self.every or validated:
+                new += self._ask(track)
+        for finding in new:
+            self._tell(finding)
+        errors = [finding for finding in new if finding.severity == "error"]
+        if self.on_error == "raise" and errors and not quiet:
+            raise DiagnosisError(str(errors[0]), self.report)
 
-    def _look(self, *, last: bool = False, validated: bool = False) -> None:
-        """Finish the sample that is waiting, and ask the rules."""
-        self._fetch_losses()
-        if self._waiting is not None:
-            loss = self.history.losses[-1][1] if self.history.losses else None
-            self.history.samples.append(dataclasses.replace(self._waiting, loss=loss))
-            self._waiting = None
-            self._looks += 1
-        elif (
-            not last
-            and not self.history.validations
-            and (not self.history.losses or math.isfinite(self.history.losses[-1][1]))
-        ):
-            return
+    def _ask(self, track: _Track) -> list[Finding]:
+        track.unasked = 0
+        track.looks += 1
         new: list[Finding] = []
         for rule in list(self._rules):
             try:
-                founds = list(rule.find(self.history))
+                findings = [Finding.of(rule, found, track.history.step) for found in rule.find(track.history)]
             except Exception as error:  # a diagnosis must not stop a training run by its own bugs
-                self._failures.append(
-                    f"rule {rule.id} ({rule.slug}) failed and is off: {type(error).__name__}: {error}"
-                )
                 self._rules.remove(rule)
+                self._fail(f"rule {rule.id} ({rule.slug})", error)
                 continue
-            for found in founds:
-                finding = self._count(Finding.of(rule, found, self.history.step))
-                if finding is not None:
-                    new.append(finding)
-        for finding in new:
-            self._tell(finding)
-        if self.on_error == "raise":
-            errors = [finding for finding in new if finding.severity == "error"]
-            if errors:
-                raise DiagnosisError(str(errors[0]), self.report)
+            new += [finding for finding in findings if self._is_new(track, finding)]
+        return new
 
-    def _count(self, finding: Finding) -> Finding | None:
-        """The finding where it is to be told for the first time: a warning only once it was seen in two looks "
-        "running."""
-        key = finding.id, finding.module
+    def _is_new(self, track: _Track, finding: Finding) -> bool:
+        """Whether the finding is to be told now: once, and a warning only when it was seen in two looks running."""
+        key = finding.id, finding.module, track.label
+        if track.label:
+            finding = dataclasses.replace(finding, message=f"{track.label}: {finding.message}")
         known = self._found.get(key)
-        if known is not None:
+        if known is not None and (known.severity == finding.severity or finding.severity != "error"):
             self._found[key] = dataclasses.replace(known, count=known.count + 1)
-            return None
-        if finding.severity != "error" and self._suspected.get(key) != self._looks - 1:
-            self._suspected[key] = self._looks
-            return None
+            return False
+        if finding.severity != "error" and self._suspected.get(key) != track.looks - 1:
+            self._suspected[key] = track.looks
+            return False
         self._found[key] = finding
-        return finding
+        return True
 
     def _tell(self, finding: Finding) -> None:
+        if not _speaks():
+            return
         if self.on_error != "silent":
             print(finding, file=sys.stderr)
         if self._log is not None:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finding.to_dict()) + "\n")
 
-
-Measure = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], dict[str, Tensor]]
-
-
-def _some(x: Tensor) -> Tensor:
-    """A flat choice of at most MAX_ENTRIES entries, in float32."""
-    flat = x.reshape(-1)
-    return flat[:: max(1, flat.numel() // MAX_ENTRIES)].float()
-
-
-def _units(module: nn.Module, x: Tensor, y: Tensor, memory: dict[str, Any]) -> dict[str, Tensor]:
-    """`dead`: the share of units (features, channels) that were 0 on all entries of the last samples; `samples`."""
-    if y.dim() < 2:
-        return {}
-    axis = 1 if y.dim() in (2, 4, 5) else -1
-    over = [i for i in range(y.dim()) if i != axis % y.dim()]
-    alive = memory.setdefault("alive", deque(maxlen=5))
-    alive.append(y.amax(over) > 0)
-    if len({tuple(mask.shape) for mask in alive}) > 1:
-        alive.clear()
-        return {}
-    dead = ~torch.stack(tuple(alive)).any(0)
-    return {"dead": dead.float().mean(), "samples": torch.tensor(float(len(alive)))}
+    def _fail(self, what: str, error: Exception) -> None:
+        """Something of ours failed: it is off from now on, and named once."""
+        failure = f"{what} failed and is off: {type(error).__name__}: {error}"
+        if failure not in self._failures:
+            self._failures.append(failure)
+            if self.on_error != "silent" and _speaks():
+                print(f"note: {failure}", file=sys.stderr)
 
 
-def _saturated(limit: float) -> Measure:
-    def measure(module: nn.Module, x: Tensor, y: Tensor, memory: dict[str, Any]) -> dict[str, Tensor]:
-        return {"saturated": (_some(x).abs() > limit).float().mean()}
+class _Safely:
+    """Failures of our own are noted, and end the observation of steps; they do not stop the training."""
 
-    return measure
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
 
+    def __enter__(self) -> None:
+        return None
 
-def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, memory: dict[str, Any]) -> dict[str, Tensor]:
-    """Batch against running statistics, in units of the batch's own deviation (arXiv:2210.05153).
-
-    `mean`: root mean square over channels of (running mean - batch mean) / batch deviation; `var`: that of the
-    logarithm of running over batch variance; `values`: entries of a channel; `small`: the share of channels whose
-    running variance is below 10 eps.
-    """
-    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if mean is None or var is None or x.dim() < 2 or getattr(module, "axis", 1) != 1 or x.shape[1] != mean.numel():
-        return {}
-    over = [i for i in range(x.dim()) if i != 1]
-    batch_var, batch_mean = torch.var_mean(x.float(), over, correction=0)
-    eps = float(getattr(module, "eps", None) or 1e-5)
-    deviation = (batch_var + eps).sqrt()
-    return {
-        "mean": ((mean.float() - batch_mean) / deviation).square().mean().sqrt(),
-        "var": ((var.float() + eps) / (batch_var + eps)).log().square().mean().sqrt(),
-        "values": torch.tensor(float(x.numel() // x.shape[1])),
-        "small": (var < 10 * eps).float().mean(),
-    }
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None or isinstance(error, DiagnosisError) or not isinstance(error, Exception):
+            return False
+        watch = self.watch
+        watch._off = True
+        watch._layers.detach()
+        for track in watch._tracks:
+            track.before, track.waiting = None, None
+            track.losses.clear()
+        watch._fail("watching", error)
+        return True
 
 
-MEASURES: dict[str, Measure] = {
-    "relu": _units,
-    "tanh": _saturated(3.0),
-    "sigmoid": _saturated(6.0),
-    "batch_norm": _batch_statistics,
-}
+def _sample(draft: _Draft, numbers: dict[Key, float], layers: dict[str, Layer], history: History) -> Sample:
+    def of(what: str) -> dict[str, float]:
+        return {name: value for (key, name), value in numbers.items() if key == what}
+
+    weights, updates, rows = of("weight"), of("update"), of("rows")
+    for name in draft.sample["partly"]:  # what changed, as a share of the rows that were copied, holds for all
+        updates[name] = updates[name] / rows[name] * weights[name] if rows.get(name) else 0.0
+    step, loss = history.losses[-1] if history.losses else (-1, None)
+    left, inputs = of("left").values(), list(of("input").values())
+    return Sample(
+        draft.step,
+        loss if step == draft.step else None,
+        of("gradient"),
+        weights,
+        updates,
+        layers,
+        inputs=(math.nan if any(map(math.isnan, inputs)) else max(inputs)) if inputs else None,
+        left=min(left) if left else None,
+        skipped=any(of("skipped").values()),
+        **draft.sample,
+    )
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_norm([t.float() if t.dtype != torch.float64 else t for t in tensors])) if tensors else []
+def _keep(history: History, kind: str, values: list[float], step: int, *, validation: bool) -> None:
+    made = fetched(kind, values, step, validation)
+    if isinstance(made, Counts):
+        history.counts.append(made)
+    elif made is not None:
+        history.fits.append(made)
 
 
-def _fetch(tensors: list[Tensor]) -> list[float]:
-    """The numbers, with one wait for each device."""
-    values: list[float] = [0.0] * len(tensors)
-    for device in {tensor.device for tensor in tensors}:
-        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        fetched = torch.stack([tensors[i].detach().double().reshape(()) for i in places]).tolist()
-        for i, value in zip(places, fetched, strict=True):
-            values[i] = value
+def _number(loss: Tensor | float) -> Tensor | float:
+    """The loss as a number, or as a tensor of its own on a device that one would have to wait for."""
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    mean = _local(loss.detach()).float().mean()
+    return float(mean) if mean.device.type == "cpu" else mean.clone()
+
+
+def _closure(args: Any, kwargs: Any) -> bool:
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None  # args[0] is the optimizer
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that runs, inside those of other libraries that only pass on."""
+    inner = getattr(optimizer, "optimizer", None)
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def _local(x: Tensor) -> Tensor:
+    """The part of a distributed tensor that is here."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _steps_over(p: Tensor) -> int:
+    """Of how many rows of a parameter one is copied."""
+    step = -(-p.numel() // MAX_COPIED)
+    return step if p.dim() and len(p) >= step else 1
+
+
+def _rows(p: Tensor) -> Tensor:
+    """All of a parameter, or rows of a large one."""
+    p = _local(p.detach())
+    step = _steps_over(p)
+    return p[::step] if step > 1 else p
+
+
+def _keyed(what: str, owned: list[tuple[str, Tensor]], norms: list[Tensor]) -> dict[Key, Tensor | float]:
+    return {(what, name): norm for (name, _), norm in zip(owned, norms, strict=True)}
+
+
+def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Their L2 norms, in float32 at least."""
+    plain = [torch.view_as_real(t.detach()) if t.is_complex() else t.detach() for t in tensors]
+    norms: list[Tensor] = [torch.tensor(0.0)] * len(plain)
+    for places in _grouped(plain):
+        dtype = torch.promote_types(plain[places[0]].dtype, torch.float32)
+        for i, norm in zip(places, torch._foreach_norm([plain[i] for i in places], 2, dtype=dtype), strict=True):
+            norms[i] = norm
+    return norms
+
+
+def _grouped(tensors: list[Tensor]) -> Iterable[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return groups.values()
+
+
+def _fetch(tensors: list[Tensor]) -> list[list[float]]:
+    """Their values, with one wait for each device."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    parts: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
+    for places in _grouped(flat):
+        device = flat[places[0]].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        parts.setdefault(device, []).append((places, torch.cat([flat[i] for i in places]).to(wide)))
+    values: list[list[float]] = [[]] * len(tensors)
+    for groups in parts.values():
+        fetched_values = iter(torch.cat([whole for _, whole in groups]).tolist())
+        for places, _ in groups:
+            for i in places:
+                values[i] = [next(fetched_values) for _ in range(flat[i].numel())]
     return values
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _speaks() -> bool:
+    """Whether this process prints: of several only the first does."""
+    return not _distributed() or torch.distributed.get_rank() == 0
+
+
+def _labelled(model: Any) -> dict[str, nn.Module]:
+    """The models by what the names of their layers begin with: "" for one, their class or place for several."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    if isinstance(model, Mapping):
+        models = dict(model)
+    else:
+        several = list(model)
+        labels = [type(unwrapped(m)).__name__ for m in several if isinstance(m, nn.Module)]
+        distinct = len(set(labels)) == len(several)
+        models = {labels[i] if distinct else str(i): m for i, m in enumerate(several)}
+    if not models or not all(isinstance(m, nn.Module) and isinstance(n, str) and n for n, m in models.items()):
+        raise RuleError("watch takes a model, several in a list or tuple, or a dict of them by name")
+    return models
+
+
 def watch(
-    model: nn.Module,
+    model: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module],
     optimizer: Optimizer | Iterable[Optimizer],
     loader: Iterable[Any] | None = None,
     *,
@@ -359,8 +631,8 @@ def watch(
                 w.step(loss)
 
     Args:
-        model: what is trained.
-        optimizer: or several, as for a GAN; a step is a step of any.
+        model: what is trained; several models as a tuple, or a dict that names them.
+        optimizer: or several, as for a GAN; each has steps, samples and findings of its own.
         loader: of the training data, for rules about batches.
         every: how many steps lie between two that are sampled.
         dense: so many first steps are all sampled.
@@ -369,15 +641,22 @@ def watch(
         ignore: ids or slugs of rules to leave out.
         log: a file to which findings are appended, a JSON object a line.
 
-    ``w.step(loss)`` and ``w.validate(loss)`` may be left out, and with them the rules about losses. The results of the
-    training are the same, bit for bit, with and without.
+    ``w.step(loss)`` and ``w.validate(loss)`` may be left out, and with them the rules about losses; with
+    ``w.step(loss, outputs, targets)`` predictions are looked at, too. The results of the training are the same, bit for
+    bit, with and without. Of several processes only the first prints; ``w.gather()`` has the findings of all.
 
-    Raises RuleError for settings that cannot be.
+    Raises RuleError for settings that cannot be and for an unknown rule in `ignore`.
     """
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    several = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    optimizers = tuple(map(_inner, several))
+    if not optimizers or not all(isinstance(one, Optimizer) for one in optimizers):
+        raise RuleError("watch takes a torch.optim.Optimizer, or several of them")
     if every < 1 or dense < 0 or on_error not in ("print", "raise", "silent"):
         raise RuleError(
             f"every is 1 or more, dense 0 or more and on_error print, raise or silent; got {every}, {dense}, "
             f"{on_error!r}"
         )
-    return Watch(model, optimizers, loader, every, dense, on_error, ignore, log)
+    unknown = set(ignore) - {name for rule in RULES.values() for name in (rule.id, rule.slug)}
+    if unknown:
+        raise RuleError(f"there is no rule {', '.join(sorted(unknown))}: see renorm.diagnose.RULES")
+    return Watch(_labelled(model), optimizers, loader, every, dense, on_error, ignore, log)

@@ -14,6 +14,7 @@ from clean import (
     text,
     transfer,
     tricky,
+    unusual,
     vision,
 )
 
@@ -30,4 +31,5 @@ ALL = programs(
     agents,
     precision,
     tricky,
+    unusual,
 )

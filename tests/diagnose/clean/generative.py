@@ -305,7 +305,9 @@ def score_matching() -> Program:
     class Score(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(3, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 2))
+            self.net = nn.Sequential(
+                nn.Linear(3, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 2)
+            )
 
         def forward(self, x, sigma):
             return self.net(torch.cat([x, sigma.log()], 1)) / sigma

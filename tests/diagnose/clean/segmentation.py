@@ -70,8 +70,10 @@ def fcn_with_two_heads() -> Program:
 
         def forward(self, x):
             features = self.backbone(x)
+
             def up(y):
                 return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=False)
+
             return {"out": up(self.head(features)), "aux": up(self.aux(features))}
 
     def loss(outputs, target):

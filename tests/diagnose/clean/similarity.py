@@ -165,7 +165,7 @@ def prototypes() -> Program:
 
         def forward(self, support, query):
             centers = self.encoder(support).view(5, 3, -1).mean(1)
-            return -torch.cdist(self.encoder(query), centers) ** 2
+            return -(torch.cdist(self.encoder(query), centers) ** 2)
 
     classes = torch.randn(5, 20)
     support = classes.repeat_interleave(3, 0) + 0.3 * torch.randn(15, 20)

@@ -239,9 +239,7 @@ def focal() -> Program:
         return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
 
     model = _mlp(4)
-    return Program(
-        model, loss, (_rows()[0], torch.randint(4, (64,))), torch.optim.Adam(model.parameters(), lr=1e-3)
-    )
+    return Program(model, loss, (_rows()[0], torch.randint(4, (64,))), torch.optim.Adam(model.parameters(), lr=1e-3))
 
 
 def rare_positives() -> Program:

@@ -368,7 +368,7 @@ def text_cnn() -> Program:
 
 
 def bag_of_words() -> Program:
-    """nn.EmbeddingBag with offsets; SGD with the tutorial's learning rate of 5."""
+    """nn.EmbeddingBag with offsets, and SGD."""
 
     class Bag(nn.Module):
         def __init__(self):

@@ -45,9 +45,7 @@ def linear_probe() -> Program:
             return self.head(features)
 
     model = Probe()
-    return Program(
-        model, nn.CrossEntropyLoss(), _images(classes=5), torch.optim.Adam(model.head.parameters(), lr=1e-3)
-    )
+    return Program(model, nn.CrossEntropyLoss(), _images(classes=5), torch.optim.Adam(model.head.parameters(), lr=1e-3))
 
 
 def fine_tuning_with_frozen_norms() -> Program:

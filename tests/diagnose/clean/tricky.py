@@ -118,9 +118,7 @@ def relu_head_for_counts() -> Program:
 
 def batch_norm_on_two_large_images() -> Program:
     """Two samples, and 1024 values a channel."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     batch = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
     return Program(model, nn.CrossEntropyLoss(), batch, torch.optim.Adam(model.parameters(), lr=1e-3))
 
@@ -163,7 +161,7 @@ def functional_dropout() -> Program:
 
 
 def monte_carlo_dropout() -> Program:
-    """Dropout that is always on, in a module named for it, whose samples are averaged in evaluation."""
+    """Dropout that is always on, and says so: training=True, with an average over samples in evaluation."""
 
     class MonteCarlo(nn.Module):
         def __init__(self):
@@ -172,8 +170,8 @@ def monte_carlo_dropout() -> Program:
 
         def forward(self, x):
             if self.training:
-                return self.b(F.dropout(F.relu(self.a(x)), 0.2))
-            return torch.stack([self.b(F.dropout(F.relu(self.a(x)), 0.2)) for _ in range(50)]).mean(0)
+                return self.b(F.dropout(F.relu(self.a(x)), p=0.2, training=True))
+            return torch.stack([self.b(F.dropout(F.relu(self.a(x)), p=0.2, training=True)) for _ in range(50)]).mean(0)
 
     model = MonteCarlo()
     return Program(model, nn.CrossEntropyLoss(), _data(), torch.optim.Adam(model.parameters(), lr=1e-3))
@@ -190,9 +188,7 @@ def brier_score() -> Program:
     """A squared error of one probability against 0 and 1 is a proper score, and used."""
     model = _mlp(1, nn.Sigmoid())
     x, y = _data(classes=2)
-    return Program(
-        model, nn.MSELoss(), (x, y.float().unsqueeze(1)), torch.optim.Adam(model.parameters(), lr=1e-3)
-    )
+    return Program(model, nn.MSELoss(), (x, y.float().unsqueeze(1)), torch.optim.Adam(model.parameters(), lr=1e-3))
 
 
 def zero_initialized_branch() -> Program:
@@ -303,7 +299,10 @@ def target_in_its_own_units() -> Program:
     x = torch.randn(32, 12)
     y = 180_000 + 80_000 * torch.randn(32)
     return Program(
-        model, lambda out, t: F.mse_loss(out / 80_000, t / 80_000), (x, y), torch.optim.Adam(model.parameters(), lr=1e-3)
+        model,
+        lambda out, t: F.mse_loss(out / 80_000, t / 80_000),
+        (x, y),
+        torch.optim.Adam(model.parameters(), lr=1e-3),
     )
 
 
@@ -443,9 +442,7 @@ def momentum_for_large_data() -> Program:
 
 def averaged_statistics() -> Program:
     """momentum=None: running statistics are the mean over all batches."""
-    model = nn.Sequential(
-        nn.Linear(12, 32, bias=False), nn.BatchNorm1d(32, momentum=None), nn.ReLU(), nn.Linear(32, 4)
-    )
+    model = nn.Sequential(nn.Linear(12, 32, bias=False), nn.BatchNorm1d(32, momentum=None), nn.ReLU(), nn.Linear(32, 4))
     return Program(model, nn.CrossEntropyLoss(), _data(), torch.optim.Adam(model.parameters(), lr=1e-3))
 
 

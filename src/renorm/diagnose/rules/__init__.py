@@ -1,5 +1,29 @@
 """The rules, a file for each family; importing this package fills the catalogue."""
 
-from renorm.diagnose.rules import data, gradients, losses, modes, norms, optimizer, parameters, structure
+from renorm.diagnose.rules import (
+    activations,
+    curves,
+    data,
+    gradients,
+    losses,
+    modes,
+    norms,
+    optimizer,
+    parameters,
+    steps,
+    structure,
+)
 
-__all__ = ["data", "gradients", "losses", "modes", "norms", "optimizer", "parameters", "structure"]
+__all__ = [
+    "activations",
+    "curves",
+    "data",
+    "gradients",
+    "losses",
+    "modes",
+    "norms",
+    "optimizer",
+    "parameters",
+    "steps",
+    "structure",
+]

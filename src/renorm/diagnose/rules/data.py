@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
-from renorm.diagnose.rules.losses import REGRESSION, linear, said
+from renorm.diagnose.rules.losses import REGRESSION, counted, linear, said
 from renorm.diagnose.trace import WEIGHTED, LossCall, Node, kind_of_module, tensors_in
 
 NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "norm"})
@@ -165,7 +165,11 @@ def target_scale(evidence: Evidence) -> Iterator[Found]:
     for call in evidence.losses:
         if call.kind not in REGRESSION or not call.target.is_floating_point():
             continue
-        target, output = entries(call.target), entries(call.input)
+        real = counted(evidence, call)  # without what stands for missing values behind a mask
+        if real is not None and real.shape == call.target.shape == call.input.shape:
+            target, output = entries(call.target[real]), entries(call.input[real])
+        else:
+            target, output = entries(call.target), entries(call.input)
         if min(target.numel(), output.numel()) < 8 or not bool(target.isfinite().all() and output.isfinite().all()):
             continue
         mean, std = float(target.mean()), float(target.std())
@@ -199,7 +203,7 @@ batch = torch.randn(64, 8), torch.randint(10, (64,))
     "unlearn that: its first steps shrink the last layer instead of learning.",
     fix="Make the last layer's initial weights smaller, or normalize what goes into it.",
     source="the check of the initial loss in TheDeepChecker (Ben Braiek & Khomh 2023); threshold calibrated on the "
-    "clean programs of tests/diagnose, which start between 0.95 and 1.4 times ln K",
+    "clean programs of tests/diagnose, which start at up to 1.7 times it",
     bad=START.format("nn.init.normal_(model[2].weight)"),
     good=START.format("nn.init.normal_(model[2].weight, std=0.02)"),
 )
@@ -279,6 +283,8 @@ def loss_not_finite(evidence: Evidence) -> Iterator[Found]:
         node = next((n for n in evidence.trace.nodes if _makes(n, torch.isinf)), None)
         what = "infinity"
     by = f"; the first {what} comes out of {node.where}" if node is not None else ""
+    if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors_in(evidence.inputs)):
+        by = "; there is NaN or infinity in the batch"
     if node is not None and node.kind not in WEIGHTED:
         by += f", from inputs {' and '.join(_range(tensor) for tensor in node.inputs[:2])}"
     yield Found(f"the loss is {evidence.loss:g}{by}", module=node.name if node is not None else "")

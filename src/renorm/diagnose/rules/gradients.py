@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
+from renorm.diagnose.rules.losses import softmax_over_one
 from renorm.diagnose.rules.parameters import apart, held_by, listed, owner_of
-from renorm.diagnose.trace import Node
+from renorm.diagnose.trace import WEIGHTED, Node
 
 
 def is_zero(tensor: Tensor) -> bool:
@@ -84,7 +85,16 @@ def gradient_not_finite(evidence: Evidence) -> Iterator[Found]:
     """The loss is finite and a gradient is not; or there is no graph, or torch cannot go back through it."""
     loss = evidence.run.loss
     trainable = [name for name, p in evidence.model.named_parameters() if p.requires_grad]
-    if loss is None or loss.numel() != 1 or not trainable or torch.is_inference_mode_enabled():
+    if loss is None or loss.numel() != 1 or torch.is_inference_mode_enabled():
+        return
+    if not trainable:
+        held = held_by(evidence)
+        if held and not loss.requires_grad:
+            yield Found(
+                f"nothing can learn: requires_grad is False for all of the model's parameters, and the optimizer has "
+                f"{len(held)} of them; loss.backward() raises",
+                fix="# requires_grad_(True) on what shall learn, such as the head",
+            )
         return
     if not loss.requires_grad:
         yield Found(
@@ -154,8 +164,19 @@ def dead_layers(evidence: Evidence) -> Iterator[Found]:
         gradients = {n: g for n, g in evidence.gradients_after(partial(_move, names=moved)).items() if g is not None}
         dead &= _dead(gradients)
     dead = {owner for owner in dead if not _is_choice(evidence, owner)}
+    if not dead:
+        return
+    if dead == {owner_of(name) for name in gradients}:
+        if any(softmax_over_one(evidence)):
+            return  # which says why
+        yield Found(
+            f"the loss is {evidence.loss:.3g}, and its gradient by all {len(gradients)} parameters is exactly 0: "
+            "nothing learns",
+            fix="# look for a mask that is 0 everywhere, a constant, or a layer in front of the loss that is dead",
+        )
+        return
     # The queries and keys of an attention over one key have no gradient either; nothing would depend on better ones.
-    if not dead or not _matters(evidence, {name for name in evidence.gradients if owner_of(name) in dead}):
+    if not _matters(evidence, {name for name in evidence.gradients if owner_of(name) in dead}):
         return
     order = [name for name in _called(evidence) if name in dead] or sorted(dead)
     last = order[-1]
@@ -378,19 +399,24 @@ def _called_instead(evidence: Evidence, owner: str) -> str:
 
 
 def _matters(evidence: Evidence, names: set[str]) -> bool:
-    """Whether the loss changes with these parameters."""
+    """Whether the loss depends on these parameters where no parameter is zero or otherwise particular."""
 
-    def shake(model: nn.Module) -> None:
-        random = torch.Generator().manual_seed(0)
+    def shake(model: nn.Module, seed: int, names: Collection[str]) -> None:
+        random = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
             if name in names:
-                noise = torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
                 parameter.data.add_(noise * (parameter.data.float().abs().mean() + 0.1).to(parameter.dtype))
 
-    before, after = evidence.again(), evidence.again(change=shake)
+    def both(model: nn.Module) -> None:
+        shake(model, 0, evidence.gradients)
+        shake(model, 1, names)
+
+    before, after = evidence.again(change=partial(shake, seed=0, names=evidence.gradients)), evidence.again(change=both)
     if before.loss is None or after.loss is None:
         return False
-    return float(before.loss) != float(after.loss)
+    losses = float(before.loss), float(after.loss)
+    return all(map(math.isfinite, losses)) and losses[0] != losses[1]
 
 
 def _is_copy(evidence: Evidence, owner: str, owners: dict[str, dict[str, nn.Parameter]], without: set[str]) -> bool:
@@ -434,7 +460,11 @@ batch = torch.randn(32, 16), torch.randint(5, (32,))
 """,
 )
 def vanishing_at_the_start(evidence: Evidence) -> Iterator[Found]:
-    """Root mean squares of the gradients of the first and of the last weight matrix that were called."""
+    """Root mean squares of the gradients of the first and of the last weight matrix that were called.
+
+    Or a sigmoid or tanh between weights with nine in ten of its inputs where it is flat.
+    """
+    yield from _flat(evidence)
     ends = []
     for name in _called(evidence):
         gradient = evidence.gradients.get(f"{name}.weight")
@@ -452,6 +482,26 @@ def vanishing_at_the_start(evidence: Evidence) -> Iterator[Found]:
     ratio = low / high
     if ratio < 1e-6 or ratio > 1e6:
         yield Found(
-            f"the gradient of {first} has a root mean square of {low:.2g}, that of {last} {high:.2g}: {ratio:.1g}x",
+            f"the gradient of {first} is {ratio:.1g} times that of {last} (root mean squares {low:.2g} and {high:.2g})",
             module=first,
         )
+
+
+# Where the slope is a hundredth of that at 0.
+FLAT = {"sigmoid": 6.0, "tanh": 3.0}
+
+
+def _flat(evidence: Evidence) -> Iterator[Found]:
+    for node in evidence.trace.of_kind(*FLAT):
+        values = entries(node.inputs[0]).abs() if node.inputs else torch.empty(0)
+        share = float((values > FLAT[node.kind]).float().mean()) if values.numel() >= 64 else 0.0
+        # A head may be sure of itself, a gate closed: between two layers nothing passes back.
+        between = any(after.kind in WEIGHTED for after in evidence.trace.consumers(node))
+        before = evidence.trace.maker(node.inputs[0]) if node.inputs else None
+        if share > 0.9 and between and before is not None and before.kind in WEIGHTED:
+            yield Found(
+                f"{share:.0%} of the inputs of {node.where} are beyond {FLAT[node.kind]:g} (mean size "
+                f"{float(values.mean()):.3g}), where it is flat: hardly a gradient comes back to {before.where}",
+                module=before.name,
+                fix="# smaller initial weights, scaled inputs, or a norm in front of it",
+            )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence, mapped
-from renorm.diagnose.trace import Node, tensors_in
+from renorm.diagnose.trace import LossCall, Node, tensors_in
 
 TOLERANCE = 1e-4  # of a sum of probabilities from 1, in float32
 REGRESSION = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
@@ -151,6 +151,30 @@ def log_softmax_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
                 )
 
 
+def counted(evidence: Evidence, call: LossCall) -> Tensor | None:
+    """Which entries of a loss without reduction the user's loss depends on; None where that is all of them.
+
+    Masks and weights of 0 take entries out behind the call: what stands there does not matter.
+    """
+    loss = evidence.run.loss
+    if call.options.get("reduction") != "none" or loss is None or loss.numel() != 1 or not call.input.requires_grad:
+        return None
+    try:
+        (gradient,) = torch.autograd.grad(loss, call.input, retain_graph=True, allow_unused=True)
+    except RuntimeError:  # no way back from this loss
+        return None
+    return None if gradient is None else gradient != 0
+
+
+def given(evidence: Evidence, target: Tensor) -> bool:
+    """Whether these values came with the batch, and were not made by the model or the loss."""
+    known = tensors_in((evidence.inputs, evidence.target))
+    flat = target.detach().flatten()
+    return any(
+        t is target or (t.numel() == flat.numel() and torch.equal(t.detach().flatten().to(flat), flat)) for t in known
+    )
+
+
 def normalized_logs(rows: Tensor) -> bool:
     """Whether the exponentials of every row of (N, K, ...) sum to 1."""
     if rows.dim() < 2 or rows.shape[1] < 2 or rows.numel() == 0:
@@ -220,6 +244,56 @@ def nll_without_log_softmax(evidence: Evidence) -> Iterator[Found]:
             )
 
 
+@rule(
+    "C03b",
+    "not-logarithms",
+    "error",
+    title="A loss of logarithms gets something else",
+    why="kl_div and ctc_loss take log-probabilities, and poisson_nll_loss the logarithm of the rate. On probabilities, "
+    "logits or rates they give a number all the same, with its minimum in the wrong place or nowhere.",
+    fix="log_softmax in front of kl_div and ctc_loss; log_input=False, or a linear head, for poisson_nll_loss.",
+    source="torch.nn.KLDivLoss, torch.nn.CTCLoss, torch.nn.PoissonNLLLoss: the expected inputs",
+    bad=HEAD.format(", nn.Softmax(dim=1)", 'nn.KLDivLoss(reduction="batchmean")', "torch.rand(32, 5).softmax(1)"),
+    good=HEAD.format(", nn.LogSoftmax(dim=1)", 'nn.KLDivLoss(reduction="batchmean")', "torch.rand(32, 5).softmax(1)"),
+)
+def not_logarithms(evidence: Evidence) -> Iterator[Found]:
+    """Log-probabilities are at most 0 and those of a row have exponentials that sum to 1."""
+    for call in evidence.losses:
+        values, node = call.input.detach().float(), evidence.blame(call.input)
+        if values.numel() == 0 or not bool(values.isfinite().any()):
+            continue
+        most = float(values[values.isfinite()].max())
+        if call.kind == "kl_div" and most > 1e-3:
+            yield Found(
+                f"kl_div gets values up to {most:.3g} from {said(node)}; logarithms of probabilities are 0 and below",
+                module=node.name if node else "",
+                fix="# log_softmax instead of softmax"
+                if kind_of(node) == "softmax"
+                else "F.log_softmax(output, dim=1)",
+            )
+        elif call.kind == "ctc_loss":
+            off = float(values.logsumexp(-1).abs().max())
+            if off > 1e-2:
+                yield Found(
+                    f"ctc_loss gets values from {said(node)} whose exponentials do not sum to 1 over the classes "
+                    f"(log-sum-exp up to {off:.3g})",
+                    module=node.name if node else "",
+                    fix="F.log_softmax(output, dim=-1)",
+                )
+        elif (
+            call.kind == "poisson_nll_loss"
+            and call.options.get("log_input", True)
+            and kind_of(node) in ("exp", "softplus", "relu")
+            and bool((values >= 0).all())
+        ):
+            yield Found(
+                f"{said(node)} makes rates, and poisson_nll_loss takes them for logarithms: no rate is below 1",
+                module=node.name if node else "",
+                fix="loss = torch.nn.PoissonNLLLoss(log_input=False)",
+                severity="warning",
+            )
+
+
 BINARY = """
 model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1){})
 loss = {}
@@ -245,16 +319,13 @@ def sigmoid_before_bce_with_logits(evidence: Evidence) -> Iterator[Found]:
     """The last operation makes probabilities, and the values are some."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind != "binary_cross_entropy_with_logits" or kind_of(node) not in (
-            "sigmoid",
-            "softmax",
-            "hardsigmoid",
-        ):
+        if call.kind not in ("binary_cross_entropy_with_logits", "multilabel_soft_margin_loss"):
+            continue
+        if kind_of(node) not in ("sigmoid", "softmax", "hardsigmoid"):
             continue
         if between(call.input, 0, 1):
             yield Found(
-                f"{said(node)} makes probabilities, and binary_cross_entropy_with_logits applies a sigmoid to them "
-                f"again",
+                f"{said(node)} makes probabilities, and {call.kind} applies a sigmoid to them again",
                 module=node.name if node else "",
                 fix=without(node, f"the {kind_of(node)}"),
                 mend=drop(node),
@@ -282,7 +353,11 @@ def bce_without_sigmoid(evidence: Evidence) -> Iterator[Found]:
             continue
         node = evidence.blame(call.input)
         outside = not between(call.input, 0, 1) and bool(call.input.isfinite().all())
-        if outside or kind_of(node) in unbounded:
+        # Of two tensors that were computed, such as weights that sum to 1 and probabilities, the product is bounded.
+        mixed = kind_of(node) == "matmul" and not any(
+            isinstance(x, nn.Parameter) for x in (node.inputs if node else ())
+        )
+        if outside or (kind_of(node) in unbounded and not mixed):
             low, high = (float(value) for value in call.input.detach().float().aminmax())
             yield Found(
                 f"binary_cross_entropy gets values from {said(node)}, which are not bounded to [0, 1] (here {low:.3g} "
@@ -336,7 +411,8 @@ def softmax_over_one(evidence: Evidence) -> Iterator[Found]:
         values = node.outputs[0].detach().float()
         # Attention over a single key is a softmax over one, too, and nothing is wrong with it: only heads are blamed.
         into_loss = any(evidence.blame(call.input) is node for call in evidence.losses)
-        returned = any(evidence.blame(tensor) is node for tensor in evidence.run.outputs)
+        outputs = evidence.run.outputs  # of several, this may be weights of attention to look at
+        returned = len(outputs) == 1 and evidence.blame(outputs[0]) is node
         if values.numel() > 1 and 1 in values.shape and (into_loss or returned) and bool((values == constant).all()):
             yield Found(
                 f"{node.where} is over a dimension of size 1, output {linear(tuple(values.shape))}: it gives "
@@ -402,7 +478,7 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
     """More than 1 % of the targets are outside, by more than rounding: an outlier is no mistake."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind == "binary_cross_entropy_with_logits":
+        if call.kind in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
             low, high, by = 0.0, 1.0, call.kind
         elif call.kind in REGRESSION and kind_of(node) in RANGES:
             (low, high), by = RANGES[kind_of(node)], said(node)
@@ -413,10 +489,13 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
             high - low if math.isfinite(high) else max(1.0, float(target.abs().max() if target.numel() else 1))
         )
         outside = (target < low - margin) | (target > high + margin)
+        matters = counted(evidence, call)
+        if matters is not None and matters.shape == outside.shape:
+            outside &= matters
         if target.numel() and float(outside.float().mean()) > 0.01:
             a, b = (float(value) for value in target.aminmax())
             reach = f"[{low:g}, {high:g}]" if math.isfinite(high) else f"{low:g} and above"
-            logits = call.kind == "binary_cross_entropy_with_logits"
+            logits = call.kind not in REGRESSION
             yield Found(
                 f"{int(outside.sum())} of {target.numel()} targets are outside of {reach}, which is all that {by} "
                 f"{'is made for' if logits else 'gives'} (targets from {a:.3g} to {b:.3g})",
@@ -425,6 +504,38 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
                 if logits
                 else without(node, f"the {kind_of(node)}"),
                 mend=None if logits else drop(node),
+            )
+
+
+SIGNED = ("cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss")
+
+
+@rule(
+    "C08b",
+    "labels-not-plus-and-minus-one",
+    "error",
+    title="Labels 0 and 1 for a loss that takes -1 and 1",
+    why="These losses multiply by the label or compare it with -1: for a 0 the loss is constant, or that of both "
+    "labels "
+    "at once, and the negative samples teach nothing.",
+    fix="2 * target - 1.",
+    source="torch.nn.CosineEmbeddingLoss, HingeEmbeddingLoss, MarginRankingLoss, SoftMarginLoss: labels of 1 and -1",
+    bad=BINARY.format("", "nn.SoftMarginLoss()", YES_NO),
+    good=BINARY.format("", "nn.SoftMarginLoss()", "2 * torch.randint(2, (32, 1)).float() - 1"),
+)
+def labels_not_plus_and_minus_one(evidence: Evidence) -> Iterator[Found]:
+    """Nothing but zeros and ones, and a zero among them: ties that are 0 beside -1 and 1 are no mistake."""
+    for call in evidence.losses:
+        if call.kind not in SIGNED:
+            continue
+        target = call.options.get("target", call.target)
+        if not isinstance(target, Tensor) or target.numel() < 2:
+            continue
+        zeros = target.detach() == 0
+        if bool(zeros.any()) and bool((zeros | (target.detach() == 1)).all()):
+            yield Found(
+                f"{call.kind} gets labels of 0 and 1, {int(zeros.sum())} of {target.numel()} are 0; it takes -1 and 1",
+                fix="loss(..., 2 * target - 1)",
             )
 
 
@@ -453,7 +564,8 @@ def unbatched_cross_entropy(evidence: Evidence) -> Iterator[Found]:
     for call in evidence.losses:
         if call.kind == "cross_entropy" and call.input.dim() == 1 and call.target.is_floating_point():
             n = call.input.shape[0]
-            if n == evidence.batch_size and n > 1:
+            ranking = bool((call.target >= 0).all()) and abs(float(call.target.sum()) - 1) < 1e-3
+            if n == evidence.batch_size and n > 1 and not ranking:  # scores of one list, and a distribution over it
                 yield Found(
                     f"cross_entropy gets ({n},) and a float target ({n},): it takes the {n} samples for {n} classes "
                     f"of one",
@@ -473,12 +585,21 @@ def unbatched_cross_entropy(evidence: Evidence) -> Iterator[Found]:
     good=HEAD.format("", "nn.CrossEntropyLoss()", CLASSES),
 )
 def activation_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
-    """A head that ends in a ReLU, with zeros among its outputs."""
+    """A head that ends in a ReLU, with zeros among its outputs, or in front of targets that ask for negative logits."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
         if call.kind in ("cross_entropy", "binary_cross_entropy_with_logits") and kind_of(node) == "relu":
             zeros = float((call.input.detach() == 0).float().mean())
-            if zeros > 0.1:
+            if call.kind != "cross_entropy" and bool((call.target < 0.5).any()):
+                yield Found(
+                    f"{said(node)} leaves no logit below 0 in front of {call.kind}: no probability can be below 0.5, "
+                    f"and "
+                    f"{float((call.target < 0.5).float().mean()):.0%} of the targets are",
+                    module=node.name if node else "",
+                    fix=without(node, "the ReLU"),
+                    mend=drop(node),
+                )
+            elif zeros > 0.1:
                 yield Found(
                     f"{said(node)} makes {zeros:.0%} of the logits 0 in front of {call.kind}",
                     module=node.name if node else "",
@@ -551,12 +672,25 @@ def summed_loss(evidence: Evidence) -> Iterator[Found]:
         return
     ratio = float(both.loss) / float(once.loss)
     if abs(ratio - 2) < 0.02:
+        # Adam and its like divide by the gradients' size; a bound on the likelihood of the input is a sum by habit.
+        scaled = any(word in type(evidence.optimizer).__name__.lower() for word in SCALE_FREE)
+        likelihood = evidence.optimizer is None and reconstructs(evidence)
         yield Found(
             f"the loss of the batch and a copy of it, {2 * size} samples, is {ratio:.2f} times that of the batch: it "
             f"is a "
             "sum",
             fix='reduction="mean"',
+            severity="info" if scaled or likelihood else "warning",
         )
+
+
+SCALE_FREE = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "lamb", "adafactor", "sign")
+
+
+def reconstructs(evidence: Evidence) -> bool:
+    """Whether the target is the input."""
+    inputs, targets = tensors_in(evidence.inputs), tensors_in(evidence.target)
+    return any(x is t or (x.shape == t.shape and torch.equal(x, t)) for x in inputs for t in targets)
 
 
 @rule(
@@ -590,7 +724,7 @@ def labels(evidence: Evidence) -> Iterator[Found]:
                 f"labels from {low} to {high} for {classes} classes, which are 0 to {classes - 1}{counted}",
                 fix="target - 1" if counted else f"# {high + 1} units in the last layer, or other labels",
             )
-        elif low == high and real.numel() >= 16 and classes > 1:
+        elif low == high and real.numel() >= 16 and classes > 1 and target.dim() == 1 and given(evidence, target):
             yield Found(
                 f"all {real.numel()} labels of the batch are class {low}",
                 severity="warning",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -152,6 +154,81 @@ def dropout_on_output(evidence: Evidence) -> Iterator[Found]:
                 fix=without(node, "the dropout") + "\n# and put it in front of the last layer with weights",
                 mend=drop(node),
             )
+
+
+AWAKE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.b(F.dropout(F.relu(self.a(x)), 0.5{}))
+
+model = Net()
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(64, 8), torch.randint(4, (64,))
+"""
+MEANT = re.compile(r"\bdropout\w*\([^\n]*\btraining\s*=\s*True", re.IGNORECASE)
+BAYESIAN = re.compile(r"MC(?![a-z])|monte_?carlo|bayes", re.IGNORECASE)
+
+
+@rule(
+    "C31",
+    "dropout-in-evaluation",
+    "warning",
+    title="Dropout that evaluation mode does not switch off",
+    why="F.dropout has training=True by default, and so has an nn.Dropout that is made in the forward pass or kept in "
+    "a "
+    "Python list: predictions and validation are as noisy as training, and no two are alike.",
+    fix="F.dropout(x, p, self.training), or an nn.Dropout in __init__.",
+    source="torch.nn.functional.dropout: training=True; measured in evaluation mode on the batch",
+    bad=AWAKE.format(""),
+    good=AWAKE.format(", self.training"),
+)
+def dropout_in_evaluation(evidence: Evidence) -> Iterator[Found]:
+    """A call that is no layer of the model, with zeros in its output; those who write training=True mean it."""
+    if evidence.run.error is not None or not any(True for _ in evidence.trace.of_kind("dropout", "attention")):
+        return
+    run = evidence.again(training=False)
+    found: dict[str, tuple[Node, float]] = {}
+    for node in run.trace.of_kind("dropout", "attention"):
+        p = attention_dropout(node) if node.kind == "attention" else probability(node)
+        if node.module is not None or p <= 0 or not node.inputs or says_so(evidence, node):
+            continue
+        dropped = (node.outputs[0].detach() == 0) & (node.inputs[0].detach() != 0) if node.kind == "dropout" else None
+        if dropped is None or float(dropped.float().mean()) > 0.25 * p * float((node.inputs[0] != 0).float().mean()):
+            found.setdefault(node.name, (node, p))
+    for name, (node, p) in found.items():
+        module = evidence.model.get_submodule(name)
+        at = f" of {name}" if name else ""
+        yield Found(
+            f"{node.where} (p={p:g}) is at work in evaluation mode, too"
+            if node.kind == "dropout"
+            else f"{node.where} drops weights of attention (dropout_p={p:g}) in evaluation mode, too",
+            module=name,
+            fix=f"F.dropout(x, {p:g}, self.training)  # in the forward of {type(module).__name__}{at}"
+            if node.kind == "dropout"
+            else f"dropout_p={p:g} if self.training else 0.0  # in the forward of {type(module).__name__}{at}",
+        )
+
+
+def attention_dropout(node: Node) -> float:
+    """The probability that a call of scaled_dot_product_attention drops a weight with."""
+    if node.module is not None:
+        return 0.0
+    return float(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+
+
+def says_so(evidence: Evidence, node: Node) -> bool:
+    """Whether the module around a call means to drop in evaluation: by its name, or as training=True in its code."""
+    kind = type(evidence.model.get_submodule(node.name))
+    if any(BAYESIAN.search(word) for word in (kind.__name__, type(evidence.model).__name__, node.name)):
+        return True
+    try:
+        return bool(MEANT.search(inspect.getsource(kind)))
+    except (OSError, TypeError):  # no source, such as of a class from a prompt
+        return False
 
 
 # ---- modes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,10 @@ from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence, entries, forward, preserved
 from renorm.diagnose.hidden import hidden
 from renorm.diagnose.rules.data import is_norm
-from renorm.diagnose.rules.parameters import apart, hand_over, listed, owner_of
+from renorm.diagnose.rules.parameters import apart, hand_over, listed, owner_of, tensors
 
 LARGE = 0.3  # of a weight's norm, for one step
+REPLACED_BY = 2.0  # times their norm, for one step of most weights
 STEPS = 5  # on the batch, to see whether the loss falls
 
 REPLACED = """
@@ -69,17 +71,17 @@ def parameters_outside_the_optimizer(evidence: Evidence) -> Iterator[Found]:
     }
     mend = partial(_add, names=tuple(missing)) if missing else None
     count = sum(parameter.numel() for parameter in missing.values())
-    lacking = f"{len(missing)} tensors of the model that get a gradient ({listed(missing)}; {count} numbers)"
+    lacking = f"{tensors(len(missing))} of the model with a gradient ({listed(missing)}; {count} numbers)"
     if own and strange and not ids & own:
         yield Found(
-            f"none of the optimizer's {len(ids)} tensors is in the model: it was built for another one, or for a copy",
+            f"nothing of the optimizer's {tensors(len(ids))} is in the model: it was built for another one, or a copy",
             fix=_again(evidence.optimizer),
             mend=mend,
         )
     elif strange and missing:
         yield Found(
-            f"the optimizer has {strange} tensors that are not in the model, and does not have {lacking}: it was built "
-            "before they were replaced",
+            f"the optimizer has {tensors(strange)} from outside of the model, and does not have {lacking}: it was "
+            "built before they were replaced",
             module=owner_of(next(iter(missing))),
             fix=_again(evidence.optimizer),
             mend=mend,
@@ -110,7 +112,7 @@ def _twice(evidence: Evidence, params: list[Tensor]) -> Iterator[Found]:
     double = len(params) - len({id(parameter) for parameter in params})
     if double:
         yield Found(
-            f"the optimizer has {double} tensors twice: each step updates them twice",
+            f"the optimizer has {tensors(double)} twice: each step updates twice",
             severity="warning",
             fix="# pass every tensor once; model.parameters() leaves tied ones out by itself",
         )
@@ -201,7 +203,7 @@ def weight_decay_of_norms(evidence: Evidence) -> Iterator[Found]:
         if decay >= 1e-3 and spared and len(spared) < len(group["params"]):
             norms = sum(is_norm(evidence.model.get_submodule(owner_of(name))) for name in spared)
             yield Found(
-                f"group {i} of the optimizer decays {norms} tensors of norms and {len(spared) - norms} biases by "
+                f"group {i} of the optimizer decays {tensors(norms)} of norms and {len(spared) - norms} of biases by "
                 f"{decay:g}, as the weights",
                 fix=f"norms_and_biases = [p for p in model.parameters() if p.dim() < 2]\n"
                 f"weights = [p for p in model.parameters() if p.dim() > 1]\n"
@@ -320,72 +322,76 @@ batch = torch.randn(32, 8), torch.randint(5, (32,))
     why="A step that changes weights by a third of themselves leaves the neighbourhood where the gradient means "
     "something: the loss rises on the very samples it was computed from.",
     fix="A learning rate ten times lower, or a warm-up.",
-    source="the step is measured on the batch; threshold calibrated on the clean programs of tests/diagnose, whose "
-    "first step is at most 0.14 of a weight",
+    source="the step is measured on the batch; threshold calibrated on the clean programs of tests/diagnose: the "
+    "first step is below 0.3 of a weight, or the loss falls",
     bad=STEP.format("Adam(model.parameters(), lr=0.5)"),
     good=STEP.format("Adam(model.parameters(), lr=1e-3)"),
 )
 def step_too_large(evidence: Evidence) -> Iterator[Found]:
     """A step on copies: over 0.3 of a weight's norm, and the loss of this batch is higher after five of them.
 
-    Gradients that are clipped in training are not clipped here.
+    Or most weights change by more than twice their norm. Gradients that are clipped in training are not here.
     """
-    rehearsal = _first_step(evidence)
-    if rehearsal is None:
+    given, rehearsal = evidence.optimizer, _first_step(evidence)
+    if given is None or rehearsal is None:
         return
-    by_id = _by_id(evidence.model, evidence.gradients)
-    names = {id(parameter): name for name, parameter in evidence.model.named_parameters()}
+    kind, names = type(given).__name__, {id(p): name for name, p in evidence.model.named_parameters()}
     sizes: dict[str, float] = {}
     for original, twin in rehearsal.pairs:
         name = names.get(id(original), "a parameter")
-        if (
-            id(original) in by_id
-            and entries(by_id[id(original)]).isfinite().all()
-            and entries(original).isfinite().all()
-        ):
-            broken = int((~entries(twin).isfinite()).sum())
-            if broken:
-                eps = next((group["eps"] for group in rehearsal.optimizer.param_groups if "eps" in group), None)
-                yield Found(
-                    f"one step of {type(rehearsal.optimizer).__name__} makes {broken} of the {twin.numel()} entries of "
-                    f"{name} ({str(twin.dtype).removeprefix('torch.')}) NaN or infinite"
-                    + (f", with eps={eps:g}" if eps is not None else ""),
-                    module=owner_of(name),
-                    severity="error",
-                    fix="# eps=1e-8 is 0 in float16: keep the parameters in float32 and use torch.autocast"
-                    if twin.dtype == torch.float16
-                    else "# a larger eps, a lower learning rate",
-                )
-                return
+        if _breaks(original, twin):
+            yield _broken(rehearsal, name, twin)
+            return
         size = float(entries(original).norm())
         if original.dim() >= 2 and size > 0:
             sizes[name] = float((entries(twin) - entries(original)).norm()) / size
+    sizes = {name: size for name, size in sizes.items() if math.isfinite(size)}
     if not sizes or max(sizes.values()) <= LARGE:
         return
-    losses = _train(evidence, Rehearsal.of(rehearsal_source(evidence)), STEPS)
+    name = max(sizes, key=lambda one: sizes[one])
+    rate = float(given.param_groups[0].get("lr", math.nan))
+    said = f"the first step of {kind}, lr={rate:g}, changes"
+    lower = rate * 0.01 / sizes[name]  # would change no weight by more than a hundredth
+    fix = f"# lr={lower:.0e}, or a warm-up; a loop that clips gradients may be fine as it is"
+    losses = _train(evidence, Rehearsal.of(given), STEPS)
     if len(losses) < 2 or not math.isfinite(losses[0]):
         return
+    middle = statistics.median(sizes.values())
     if not math.isfinite(losses[-1]) or losses[-1] > losses[0] + 0.05 * abs(losses[0]):
-        name = max(sizes, key=lambda one: sizes[one])
-        rate = float(rehearsal.optimizer.param_groups[0].get("lr", math.nan))
         yield Found(
-            f"the first step of {type(rehearsal.optimizer).__name__}, lr={rate:g}, changes {name} by {sizes[name]:.0%} "
-            f"of its norm, and {len(losses) - 1} steps on this batch take its loss from {losses[0]:.3g} to "
-            f"{losses[-1]:.3g}",
+            f"{said} {name} by {sizes[name]:.0%} of its norm, and {len(losses) - 1} steps on this batch take its loss "
+            f"from {losses[0]:.3g} to {losses[-1]:.3g}",
             module=owner_of(name),
-            fix=f"# lr={_lower(rate, sizes[name]):.0e}, or a warm-up; a loop that clips gradients may be fine as it is",
+            fix=fix,
+        )
+    elif len(sizes) >= 3 and rate >= 0.05 and middle > REPLACED_BY:
+        yield Found(
+            f"{said} the weights by {middle:.0%} of their norm (the median of {len(sizes)}): nothing of how they were "
+            "initialized is left",
+            fix=fix,
         )
 
 
-def _lower(rate: float, size: float) -> float:
-    """A rate that changes no weight by more than a hundredth."""
-    return rate * 0.01 / size if size > 0 else rate
+def _breaks(original: Tensor, twin: Tensor) -> bool:
+    """Whether a step with a finite gradient makes NaN or infinity of finite numbers."""
+    before = [entries(original)] + ([] if twin.grad is None else [entries(twin.grad)])
+    return not bool(entries(twin).isfinite().all()) and all(bool(values.isfinite().all()) for values in before)
 
 
-def rehearsal_source(evidence: Evidence) -> Optimizer:
-    """The optimizer, which is known to be there."""
-    assert evidence.optimizer is not None
-    return evidence.optimizer
+def _broken(rehearsal: Rehearsal, name: str, twin: Tensor) -> Found:
+    """What to say of it."""
+    count, kind = int((~entries(twin).isfinite()).sum()), type(rehearsal.optimizer).__name__
+    eps = next((group["eps"] for group in rehearsal.optimizer.param_groups if "eps" in group), None)
+    return Found(
+        f"one step of {kind} makes {count} of the {twin.numel()} entries of {name} "
+        f"({str(twin.dtype).removeprefix('torch.')}) NaN or infinite"
+        + (f", with eps={eps:g}" if eps is not None else ""),
+        module=owner_of(name),
+        severity="error",
+        fix="# eps=1e-8 is 0 in float16: keep the parameters in float32 and use torch.autocast"
+        if twin.dtype == torch.float16
+        else "# a larger eps, a lower learning rate",
+    )
 
 
 def _first_step(evidence: Evidence, rate: str = "lr") -> Rehearsal | None:
@@ -491,7 +497,7 @@ def one_batch_is_not_learnt(evidence: Evidence) -> Iterator[Found]:
     trainable = [parameter for parameter in evidence.model.parameters() if parameter.requires_grad]
     if start is None or not math.isfinite(start) or start <= 0 or not trainable or not evidence.gradients:
         return  # a loss that may be negative has no floor to come near to
-    if evidence.optimizer is not None and not _can_step(evidence.optimizer):
+    if evidence.optimizer is not None and _first_step(evidence) is None:
         return
     optimizer = evidence.optimizer or torch.optim.Adam(trainable, lr=1e-3)
     losses = _train(evidence, Rehearsal.of(optimizer), 200, enough=0.1 * start)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from renorm.diagnose.catalogue import Found, Mended, rule
-from renorm.diagnose.evidence import Evidence, forward, preserved
+from renorm.diagnose.evidence import Evidence
 from renorm.diagnose.hidden import Hidden, hidden
 from renorm.diagnose.trace import tensors_in
 
@@ -38,6 +38,11 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     shown = list(dict.fromkeys(names))
     more = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + more
+
+
+def tensors(count: int) -> str:
+    """So many tensors, in words."""
+    return f"{count} tensor" if count == 1 else f"{count} tensors"
 
 
 def held_by(evidence: Evidence) -> set[int] | None:
@@ -82,17 +87,17 @@ batch = torch.randn(32, 8), torch.randint(5, (32,))
 )
 def unregistered_layers(evidence: Evidence) -> Iterator[Found]:
     """The gradient of the loss reaches them: what is kept in a list without being trained is nobody's mistake."""
+    yield from _made_in_forward(evidence)
     held = held_by(evidence) or set()
     batch = {id(tensor) for tensor in tensors_in([evidence.inputs, evidence.target])}
     if isinstance(evidence.loss_function, nn.Module):
         batch |= {id(parameter) for parameter in evidence.loss_function.parameters()}
     registered = {id(parameter) for parameter in evidence.model.parameters()}
-    items = list(hidden(evidence.model))
-    kept = _kept(evidence, items) if any(item.tensors for item in items) else set()
-    for item in items:
+    for item in hidden(evidence.model):
         wanted: list[Tensor] = [p for module in item.modules for p in module.parameters() if p.requires_grad]
         for tensor in item.tensors:
-            if tensor.requires_grad and id(tensor) not in batch and id(tensor) in kept:
+            # What was there before the forward pass: it may leave activations behind in attributes.
+            if tensor.requires_grad and id(tensor) not in batch and id(tensor) in evidence.loose:
                 wanted += [leaf for leaf in leaves_of(tensor) if id(leaf) not in batch]
         wanted = list({id(tensor): tensor for tensor in wanted if id(tensor) not in registered}.values())
         reached = _reached(evidence, wanted)
@@ -119,6 +124,40 @@ def unregistered_layers(evidence: Evidence) -> Iterator[Found]:
         )
 
 
+def _made_in_forward(evidence: Evidence) -> Iterator[Found]:
+    """Parameters of the graph that are others in another pass: a layer is built anew every time."""
+    loss = evidence.run.loss
+    if loss is None or not loss.requires_grad:
+        return
+    known = {id(tensor) for thing in (evidence.model, evidence.loss_function) for tensor in _parameters(thing)}
+    known |= {
+        id(tensor) for item in hidden(evidence.model) for module in item.modules for tensor in _parameters(module)
+    }
+    known |= held_by(evidence) or set()
+
+    def strange(loss: Tensor) -> list[Tensor]:
+        leaves = leaves_of(loss, 100_000)
+        return [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in known]
+
+    first = strange(loss)
+    again = evidence.again(gradients=True).loss if first else None
+    if again is None:
+        return
+    others = {id(leaf) for leaf in strange(again)}
+    new = [leaf for leaf in first if id(leaf) not in others]
+    if new and others - {id(leaf) for leaf in first}:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in new[:3])
+        yield Found(
+            f"{len(new)} parameters ({shapes}) are made in the forward pass, with new numbers every time: nothing of "
+            "them is learnt or saved",
+            fix="# build the layer in __init__ and only call it in forward; nn.LazyLinear finds its size by itself",
+        )
+
+
+def _parameters(thing: object) -> list[Tensor]:
+    return list(thing.parameters()) if isinstance(thing, nn.Module) else []
+
+
 def leaves_of(tensor: Tensor, most: int = 1000) -> list[Tensor]:
     """The leaves of a tensor's graph that want a gradient; the tensor, if it is one."""
     if tensor.is_leaf:
@@ -135,13 +174,6 @@ def leaves_of(tensor: Tensor, most: int = 1000) -> list[Tensor]:
         found += [leaf] if isinstance(leaf, Tensor) else []
         waiting += [before for before, _ in node.next_functions]
     return found
-
-
-def _kept(evidence: Evidence, items: list[Hidden]) -> set[int]:
-    """The ids of tensors that are still there after another forward pass: not what the last one left behind."""
-    with preserved(evidence.model, evidence.loss_function), torch.no_grad():
-        forward(evidence.model, evidence.loss_function, evidence.inputs, evidence.target)
-        return {id(tensor) for item in hidden(evidence.model) for tensor in item.tensors}
 
 
 def _reached(evidence: Evidence, tensors: list[Tensor]) -> list[Tensor]:
@@ -204,4 +236,4 @@ def hand_over(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> str:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     new = [parameter for parameter in parameters if id(parameter) not in held]
     optimizer.param_groups[0]["params"].extend(new)
-    return f", {len(new)} tensors more in the optimizer's first group" if new else ""
+    return f", {tensors(len(new))} more in the optimizer's first group" if new else ""

@@ -263,6 +263,9 @@ def first_mixed(base: Run, other: Run, size: int, kept: slice) -> tuple[Node | N
         y, z = one.outputs[0], two.outputs[0]
         if y.shape != z.shape or not y.is_floating_point():
             continue
+        if one.kind in REDUCTIONS and over_samples(one, size):
+            reduced = True
+            continue
         if y.dim() == 0 or len(y) != size:
             if one.kind in REDUCTIONS and one.inputs and one.inputs[0].dim() and len(one.inputs[0]) == size:
                 reduced = True
@@ -275,6 +278,18 @@ def first_mixed(base: Run, other: Run, size: int, kept: slice) -> tuple[Node | N
             clean = one
             reduced = False
     return clean, None, reduced
+
+
+def over_samples(node: Node, size: int) -> bool:
+    """Whether a call is a reduction over dimension 0, or over all, of something with a row for each sample."""
+    if not node.inputs or node.inputs[0].dim() == 0 or len(node.inputs[0]) != size:
+        return False
+    rank = node.inputs[0].dim()
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if dims is None:
+        return True
+    dims = dims if isinstance(dims, (list, tuple)) else (dims,)
+    return any(isinstance(dim, int) and not isinstance(dim, bool) and dim % rank == 0 for dim in dims)
 
 
 # ---- programs that do not run
