@@ -72,12 +72,48 @@ struct LocalJob {
     void* out;  // y, or dx where dy is given
 };
 
+enum RecurrentCell { kLSTM = 0, kGRU = 1 };
+
+// Layer norm in recurrence, a layer in one direction; see recurrent.h. Gates lie as in torch: i, f, g, o; r, z, n.
+// "packed" are the rows of all steps, without gaps.
+struct RecurrentJob {
+    int dtype, threads;  // dtype: float32 or float64
+    int cell;
+    int64_t steps, rows;     // rows: the most that a step has
+    int64_t hidden, state;   // entries of c, and of h, which differ where h is projected
+    const int64_t* table;    // of each step, in the order in which forward takes them: struct RecurrentStep
+    double eps;
+    const void* x;            // the input, multiplied and normalized, biases added: (packed, gates); GRU: r and z
+    const void* candidate_x;  // GRU: (packed, hidden)
+    const void* weight;       // (gates, state)
+    const void* norm_weight;  // (gates)
+    const void* norm_bias;    // GRU: of the candidate, (hidden)
+    const void* cell_weight;  // LSTM: (hidden)
+    const void* cell_bias;
+    const void* projection;   // (state, hidden) or null
+    void* states;             // h of all steps, and the initial ones
+    void* cells;              // LSTM: c, likewise
+    void* pre;                // (packed, gates): weight times h; null: backward will not ask
+    void* norms;              // (packed, 6)
+    void* raw;                // (packed, hidden): h before the projection
+    // Backward.
+    const void* dy;  // (packed, state); null: forward
+    void* dh;        // (rows, state): of the last states, then of the initial ones
+    void* dc;        // LSTM: (rows, hidden)
+    void* dx;
+    void* dcandidate_x;
+    void* dpre;     // (packed, gates)
+    void* dstates;  // (packed, state): where h is projected
+    double* sums;   // (threads, 6 hidden): of norm_weight, cell_weight, cell_bias; GRU: norm_weight, norm_bias
+};
+
 // One for each instruction set. All return false where memory is short.
 struct Kernels {
     const char* name;
     bool (*forward)(const Job&);
     bool (*backward)(const Job&);
     bool (*local)(const LocalJob&);
+    bool (*recurrent)(const RecurrentJob&);
 };
 
 extern const Kernels kernels_baseline;

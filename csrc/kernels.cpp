@@ -35,6 +35,7 @@ namespace RENORM_ISA {
 #include "rows.h"
 #include "columns.h"
 #include "local.h"
+#include "recurrent.h"
 
 template <class T>
 bool forward_as(const Job& job) {
@@ -69,6 +70,7 @@ static bool backward(const Job& job) {
 #define RENORM_JOIN_(a, b) a##b
 #define RENORM_JOIN(a, b) RENORM_JOIN_(a, b)
 extern const Kernels RENORM_JOIN(kernels_, RENORM_ISA) = {
-    RENORM_TEXT(RENORM_ISA), RENORM_ISA::forward, RENORM_ISA::backward, RENORM_ISA::local};
+    RENORM_TEXT(RENORM_ISA), RENORM_ISA::forward, RENORM_ISA::backward, RENORM_ISA::local,
+    RENORM_ISA::recurrent};
 
 }  // namespace renorm

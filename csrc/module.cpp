@@ -247,6 +247,43 @@ PyObject* py_local(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return run(kernels->local, job, numel);
 }
 
+PyObject* py_recurrent(PyObject*, PyObject* const* items, Py_ssize_t count) {
+    Arguments from(items, count, 30);
+    RecurrentJob job = {};
+    job.dtype = int(from.integer());
+    job.threads = from.threads();
+    job.cell = int(from.integer());
+    job.steps = from.integer();
+    job.rows = from.integer();
+    job.hidden = from.integer();
+    job.state = from.integer();
+    job.table = from.pointer<int64_t>();
+    job.eps = from.real();
+    job.x = from.pointer();
+    job.candidate_x = from.pointer();
+    job.weight = from.pointer();
+    job.norm_weight = from.pointer();
+    job.norm_bias = from.pointer();
+    job.cell_weight = from.pointer();
+    job.cell_bias = from.pointer();
+    job.projection = from.pointer();
+    job.states = from.pointer();
+    job.cells = from.pointer();
+    job.pre = from.pointer();
+    job.norms = from.pointer();
+    job.raw = from.pointer();
+    job.dy = from.pointer();
+    job.dh = from.pointer();
+    job.dc = from.pointer();
+    job.dx = from.pointer();
+    job.dcandidate_x = from.pointer();
+    job.dpre = from.pointer();
+    job.dstates = from.pointer();
+    job.sums = from.pointer<double>();
+    if (!from.ok) return nullptr;
+    return run(kernels->recurrent, job, job.steps * job.rows * job.hidden * job.state);
+}
+
 template <class T>
 bool move_running(int64_t num, const double* stats, double factor, bool unbiased, T* mean, T* var) {
     const double *m = stats, *v = stats + num, *n = stats + 2 * num;
@@ -343,6 +380,7 @@ PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, "Measure and apply; see struct Job."},
     {"backward", (PyCFunction)(void (*)(void))py_backward, METH_FASTCALL, "Gradients; see struct Job."},
     {"local", (PyCFunction)(void (*)(void))py_local, METH_FASTCALL, "Local response norm; see struct LocalJob."},
+    {"recurrent", (PyCFunction)(void (*)(void))py_recurrent, METH_FASTCALL, "A recurrence; see struct RecurrentJob."},
     {"guard", (PyCFunction)(void (*)(void))py_guard, METH_FASTCALL, "Keep running statistics for `settle`."},
     {"settle", (PyCFunction)(void (*)(void))py_settle, METH_FASTCALL, "Count a batch, or put back what was kept."},
     {"track", (PyCFunction)(void (*)(void))py_track, METH_FASTCALL, "Move running statistics."},
@@ -367,7 +405,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     const int openmp = 0;
 #endif
     // `interface` counts changes of the functions' arguments: extension.py refuses a build of another one.
-    if (PyModule_AddIntConstant(module, "interface", 1) != 0 || PyModule_AddIntConstant(module, "openmp", openmp) != 0 ||
+    if (PyModule_AddIntConstant(module, "interface", 2) != 0 || PyModule_AddIntConstant(module, "openmp", openmp) != 0 ||
         PyModule_AddStringConstant(module, "instructions", kernels->name) != 0) {
         Py_DECREF(module);
         return nullptr;

@@ -21,5 +21,6 @@ assert extension.module() is not None, extension.status()
 assert pathlib.Path(renorm.__file__).is_relative_to('$target'), renorm.__file__
 "
 # Every loop of the kernels, in every dtype and layout; the other tests go through the same loops.
-python -m pytest -q -x -p no:cacheprovider tests/test_native.py tests/test_local.py \
-    -k "values_and_gradients_are_the_formulas or every_remainder or addition_and_an_activation or layouts"
+python -m pytest -q -x -p no:cacheprovider tests/test_native.py tests/test_local.py tests/test_recurrent.py \
+    -k "values_and_gradients_are_the_formulas or every_remainder or addition_and_an_activation or layouts \
+        or float32_in or packed"

@@ -26,7 +26,7 @@ __all__ = [
     "why_not",
 ]
 
-_INTERFACE = 1  # of csrc/module.cpp
+_INTERFACE = 2  # of csrc/module.cpp
 
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
