@@ -22,6 +22,7 @@ from renorm.comparison.data import Splits
 from renorm.comparison.memory import PeakMemory
 from renorm.comparison.spec import EpochRecord, TrialResult, TrialSpec
 from renorm.errors import StudyError
+from renorm.measures.scores import regression_scores
 from renorm.norms.norm import Norm
 
 __all__ = ["Build", "build_model", "run_trial", "sample_order"]
@@ -240,17 +241,11 @@ def _takes_one_value(layer: Norm, shape: tuple[int, ...]) -> bool:
 
 def _regression_scores(predicted: npt.NDArray[Any], y: npt.NDArray[Any], target_std: float) -> dict[str, float]:
     """Scores of standardized predictions, in the target's units where they have any."""
-    predicted, y = predicted.astype(np.float64), y.astype(np.float64)
-    wrong, about_mean = predicted - y, y - y.mean()
-    spread = predicted - predicted.mean()
-    both = math.sqrt(float(np.sum(spread**2)) * float(np.sum(about_mean**2)))
-    total = float(np.sum(about_mean**2))
-    return {
-        "rmse": target_std * math.sqrt(float(np.mean(wrong**2))),
-        "mae": target_std * float(np.mean(np.abs(wrong))),
-        "r2": 1 - float(np.sum(wrong**2)) / total if total else math.nan,
-        "correlation": float(np.sum(spread * about_mean)) / both if both else math.nan,
-    }
+    units = {"rmse": target_std, "mae": target_std, "r2": 1.0, "correlation": 1.0}
+    if not np.isfinite(predicted).all():
+        return dict.fromkeys(units, math.nan)
+    scores = regression_scores(y, predicted, num_resamples=0)
+    return {name: scores[name].value * unit for name, unit in units.items()}
 
 
 def _seed(seed: int) -> None:

@@ -1,0 +1,1 @@
+"""What is measured: distances of distributions, information criteria, smoothness, batch statistics, scores."""
