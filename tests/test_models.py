@@ -18,14 +18,17 @@ SHAPES = {
     "mlp": [(5,), (1, 8, 8), (3, 7)],
     "cnn": [(3, 9), (1, 8, 8), (3, 1, 5), (2, 4, 5, 6)],
     "resnet": [(1, 8, 8), (3, 11, 9)],
+    "lstm": [(5,), (3, 9), (2, 8, 7)],
+    "tcn": [(5,), (3, 1), (3, 40), (2, 8, 7)],
     "transformer": [(5,), (3, 9), (2, 8, 7)],
 }
+SEQUENCES = ("mlp", "cnn", "lstm", "tcn", "transformer")
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 
 
-def build(name: str, shape: tuple[int, ...], norm: str, activation: str = "relu") -> nn.Module:
+def build(name: str, shape: tuple[int, ...], norm: str, activation: str = "relu", dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, shape, 4, norm=norm, activation=activation)
+    return models.build(name, shape, 4, norm=norm, activation=activation, dropout=dropout)
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +68,8 @@ def test_all_norms_start_from_the_same_weights(name: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_is_in_every_model(name: str, norm: str) -> None:
     model = build(name, (1, 8, 8), norm)
-    expected = {"mlp": 3, "cnn": 3, "resnet": 15, "transformer": 5}[name]
+    # eight rows of an image are steps enough for two blocks of a TCN
+    expected = {"mlp": 3, "cnn": 3, "resnet": 15, "lstm": 2, "tcn": 4, "transformer": 5}[name]
     assert sum(isinstance(layer, Norm) for layer in model.modules()) == (0 if norm == "none" else expected)
 
 
@@ -137,8 +141,8 @@ def test_the_tokens_of_a_transformer(shape: tuple[int, ...], count: int) -> None
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("cnn", (5,), r"takes sequences.*samples have the shape \(5,\); choose one of mlp, transformer"),
-        ("resnet", (3, 9), "takes images.*choose one of mlp, cnn, transformer"),
+        ("cnn", (5,), r"takes sequences.*samples have the shape \(5,\); choose one of mlp, lstm, tcn, transformer"),
+        ("resnet", (3, 9), "takes images.*choose one of mlp, cnn, lstm, tcn, transformer"),
         ("transformer", (1, 2, 3, 4), "choose one of mlp, cnn"),
         ("mlp", (), "choose one of your own models"),
         ("mlp", (0,), r"shape \(0,\)"),
@@ -160,6 +164,126 @@ def test_an_unknown_norm_or_activation_is_refused() -> None:
 def test_models_can_be_copied() -> None:
     model = build("resnet", (1, 8, 8), "switch")
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_lstm_is_the_one_in_its_docstring() -> None:
+    model = build("lstm", (3, 9), "layer")
+    x = torch.randn(5, 3, 9)
+    y = x.transpose(1, 2)
+    for lstm, norm in zip(model[1:5:2], model[2:5:2], strict=True):
+        reference = nn.LSTM(y.shape[2], 64, batch_first=True)
+        reference.load_state_dict({key.removeprefix("lstm."): value for key, value in lstm.state_dict().items()})
+        y = F.layer_norm(reference(y)[0], (64,), norm.weight, norm.bias)
+    hidden, head = model[6], model[8]
+    torch.testing.assert_close(model(x), head(F.relu(hidden(y[:, -1]))), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tcn_is_the_one_in_its_docstring() -> None:
+    model = build("tcn", (3, 20), "none", "tanh")
+    weights = iter(model.parameters())
+    x = torch.randn(2, 3, 20)
+    y = x
+    for dilation in (1, 2, 4):
+        (w1, b1), (w2, b2) = [(next(weights), next(weights)) for _ in range(2)]
+        shortcut = F.conv1d(y, next(weights), next(weights)) if dilation == 1 else y
+        inner = F.conv1d(y, w1, b1, padding=2 * dilation, dilation=dilation)[..., :20].tanh()
+        inner = F.conv1d(inner, w2, b2, padding=2 * dilation, dilation=dilation)[..., :20].tanh()
+        y = (inner + shortcut).tanh()
+    torch.testing.assert_close(model(x), F.linear(y[..., -1], next(weights), next(weights)), rtol=1e-4, atol=1e-5)
+    assert next(weights, None) is None
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 13, 14, 40])
+def test_a_tcn_sees_its_first_step_and_no_step_sees_a_later_one(length: int) -> None:
+    model = build("tcn", (3, length), "none", "tanh").double()
+    x = torch.randn(1, 3, length, dtype=torch.float64, requires_grad=True)
+    (seen,) = torch.autograd.grad(model(x).sum(), x)
+    assert (seen.abs().amax((0, 1)) > 0).all()
+    steps = model[:-2](x)  # without the last step and the head
+    middle = length // 2
+    (seen,) = torch.autograd.grad(steps[..., middle].sum(), x)
+    assert (seen[..., middle + 1 :] == 0).all()
+    assert (seen[..., middle] != 0).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_forecasters_give_the_horizon(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    if (name, norm) == ("mlp", "instance"):
+        pytest.skip("instance norm has one value to average on vectors")
+    model = models.forecaster(name, (3, 11), 6, num_targets=2, norm=norm, activation="gelu", dropout=0.1)
+    x = torch.randn(4, 3, 11)
+    y = model(x)
+    assert y.shape == (4, 2, 6)
+    (y**2).sum().backward()
+    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in weights_of(model))
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    return [value for value in own_weights(model).values() if value.dim() > 1]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_forecast_depends_on_when_something_was(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.forecaster(name, (1, 16), 1, norm="none")
+    early, late = torch.zeros(2, 1, 1, 16)
+    early[..., 2], late[..., 14] = 10, 10
+    assert (model(early) - model(late)).abs().item() > 1e-4
+
+
+def test_forecasters_learn_a_seasonal_series() -> None:
+    """Better than the mean, on a sine whose phase must be read off the window."""
+    time = torch.arange(400) * 0.5
+    windows = torch.sin(time).unfold(0, 20, 1)
+    x, y = windows[:, None, :16], windows[:, None, 16:]
+    for name in SEQUENCES:
+        torch.manual_seed(0)
+        model = models.forecaster(name, (1, 16), 4, norm="none")
+        optimizer = optimizers.build("adam", model.parameters(), 0.003)
+        for step in range(60):
+            rows = torch.arange(step, len(x), 12)
+            optimizer.zero_grad()
+            F.mse_loss(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert F.mse_loss(model(x), y) < 0.1 * y.var(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "message"),
+    [
+        ("lstm", (5,), {}, r"\(channels, steps\); got \(5,\)"),
+        ("cnn", (1, 8, 8), {}, r"\(channels, steps\); got \(1, 8, 8\)"),
+        ("resnet", (3, 9), {}, "takes images"),
+        ("lstm", (3, 9), {"horizon": 0}, "at least 1; got 0 and 1"),
+        ("lstm", (3, 9), {"num_targets": 0}, "at least 1; got 1 and 0"),
+        ("lstm", (3, 9), {"dropout": 1.0}, "dropout must be a share from 0 on and below 1; got 1.0"),
+    ],
+)
+def test_forecasters_that_cannot_be_built(
+    name: str, shape: tuple[int, ...], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        models.forecaster(name, shape, **{"horizon": 1, "norm": "none", **options})
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_dropout_changes_no_weight_and_works_in_training_only(name: str) -> None:
+    plain, dropping = build(name, (1, 8, 8), "layer"), build(name, (1, 8, 8), "layer", dropout=0.5)
+    for ours, theirs in zip(plain.parameters(), dropping.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(plain.eval()(x), dropping.eval()(x))
+    assert torch.equal(plain.train()(x), plain(x))
+    assert not torch.allclose(dropping.train()(x), dropping(x))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, float("nan")])
+def test_dropout_must_leave_something(dropout: float) -> None:
+    with pytest.raises(StudyError, match="from 0 on and below 1"):
+        build("mlp", (3,), "none", dropout=dropout)
 
 
 FORMULAS = {

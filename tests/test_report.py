@@ -352,7 +352,8 @@ def test_norms_have_different_styles() -> None:
     ("norm", "model", "patterns"),
     [
         ("batch", "mlp", ["[n] c"]), ("instance", "mlp", []), ("none", "cnn", []),
-        ("group(8)", "cnn", ["n (g [c]) [...]"]), ("layer", "transformer", ["... [c]"]),
+        ("group(8)", "cnn", ["n (g [c]) [...]"]), ("layer", "transformer", ["... [c]"]), ("layer", "lstm", ["... [c]"]),
+        ("batch", "tcn", ["[n] c [...]"]),
         ("layer", "resnet", ["n [c ...]"]), ("batch", "mine:net@1", ["[n] c [...]"]),
         ("switch", "resnet", ["n c [...]", "n [c ...]", "[n] c [...]"]), ("n [c] h w", "cnn", ["n [c] h w"]),
     ],

@@ -68,6 +68,7 @@ def test_the_name_comes_from_data_and_model(data: str, model: str, name: str) ->
         ({"norm": "bach"}, "did you mean 'batch'"),
         ({"norm": ""}, "norm: .*got nothing; write for example batch"),
         ({"batch_size": 0}, r"batch_size: .*greater than or equal to 1; got 0; write whole numbers"),
+        ({"batch_size": "2,al"}, "batch_size: .*valid integer.*got 'al'; write whole numbers.* or all for the whole"),
         ({"batch_size": "two"}, "batch_size: .*valid integer.*got 'two'"),
         ({"lr": -0.1}, "lr: .*greater than 0; got -0.1"),
         ({"lr": float("inf")}, "lr: .*finite number; got inf"),
@@ -171,8 +172,26 @@ def test_the_grid_names_data_and_model() -> None:
 
 
 def test_a_batch_larger_than_the_training_part_is_refused() -> None:
-    with pytest.raises(StudyError, match=r"training part of 48 samples; got batch_size 49; write .* at most 48"):
+    with pytest.raises(
+        StudyError, match=r"training part of 48 samples; got batch_size 49; write .* at most 48, or all"
+    ):
         grid(small.study(batch_size=[8, 49]), small.splits())
+
+
+@pytest.mark.parametrize("given", ["all,16,1", ["all", 16, 1], ("all", "16", 1, 48)])
+def test_the_whole_training_part_is_one_batch(given: object) -> None:
+    """Batch, mini-batch and stochastic gradient descent; a size that is all by number too is kept once."""
+    study = small.study(norm="rms", seeds=1, batch_size=given, epochs=3)
+    specs = grid(study, small.splits())
+    assert [spec.batch_size for spec in specs] == [48, 16, 1]
+    assert [num_steps(spec, 48) for spec in specs] == [3, 9, 144]
+    assert Study(**study.settings()) == study
+
+
+def test_all_is_written_as_all() -> None:
+    study = Study(batch_size="all,32,1")
+    assert study.batch_size == ("all", 32, 1)
+    assert study.command() == "renorm compare --batch-size all,32,1"
 
 
 def test_the_number_of_steps_drops_incomplete_batches() -> None:

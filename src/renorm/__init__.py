@@ -47,6 +47,11 @@ from renorm.surgery import freeze, swap, sync, unfreeze, unsync
 if TYPE_CHECKING:
     from renorm import diagnose
     from renorm.cards import explain
+    from renorm.choices.activations import draw_activation
+    from renorm.choices.dropout import mc_dropout
+    from renorm.choices.losses import loss, loss_for
+    from renorm.choices.optimizers import draw_trajectory, trajectory
+    from renorm.choices.summary import summary
     from renorm.comparison import Comparison, compare
     from renorm.diagnose import check, watch, worst_cases
     from renorm.drawing import draw
@@ -105,15 +110,22 @@ __all__ = [
     "compare",
     "diagnose",
     "draw",
+    "draw_activation",
+    "draw_trajectory",
     "errors",
     "explain",
     "freeze",
     "initialize_weight_norm",
     "kernels",
+    "loss",
+    "loss_for",
+    "mc_dropout",
     "normalize_gradients",
     "spectral_norm",
+    "summary",
     "swap",
     "sync",
+    "trajectory",
     "unfreeze",
     "unsync",
     "watch",
@@ -128,7 +140,14 @@ _LAZY = {
     "check": "renorm.diagnose",
     "compare": "renorm.comparison",
     "draw": "renorm.drawing",
+    "draw_activation": "renorm.choices.activations",
+    "draw_trajectory": "renorm.choices.optimizers",
     "explain": "renorm.cards",
+    "loss": "renorm.choices.losses",
+    "loss_for": "renorm.choices.losses",
+    "mc_dropout": "renorm.choices.dropout",
+    "summary": "renorm.choices.summary",
+    "trajectory": "renorm.choices.optimizers",
     "watch": "renorm.diagnose",
     "worst_cases": "renorm.diagnose",
 }

@@ -44,7 +44,7 @@ def compare(
     test: Any = None,
     *,
     norm: Names = ("none", "batch", "layer", "group", "rms", "switch"),
-    batch_size: int | Sequence[int] = (32,),
+    batch_size: int | str | Sequence[int | str] = (32,),
     lr: Numbers | None = None,
     lr_scale: str = "linear",
     tune_lr: bool = False,
@@ -69,7 +69,7 @@ def compare(
 
     Args:
         model: a module, a function without arguments that builds one, a built-in name ("mlp", "cnn",
-            "resnet", "transformer"), or "module:function". The norms of a module are replaced by
+            "resnet", "lstm", "tcn", "transformer"), or "module:function". The norms of a module are replaced by
             :func:`renorm.swap`; its other weights are where every trial starts from. A builder gives new
             weights for each seed.
         train: the training part: (x, y) as arrays or tensors, or a torch Dataset; or all data as a source for
@@ -77,7 +77,9 @@ def compare(
         valid: the validation part; it draws the learning curves and chooses the learning rate.
         test: the test part, which is read once, at the end. Without one the validation part gives the scores.
         norm: norms by name: "none", "batch", "layer", "instance", "group", "group(32)", "rms", "switch".
-        batch_size: samples a step.
+        batch_size: samples a step; "all" for the whole training part: batch gradient descent, as 1 is stochastic and
+            what is between is mini-batch gradient descent. It takes one step an epoch, at a rate that linear scaling
+            makes large: give it more epochs, and ``tune_lr`` or ``lr_scale="none"``.
         lr: learning rates at batch size 32 (if left out 0.1, in a regression 0.01); with ``tune_lr`` the rates that
             are tried.
         lr_scale: "linear" scales the rate by batch_size / 32; "none" takes it as it is.

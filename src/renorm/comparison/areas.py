@@ -50,7 +50,7 @@ def _patterns(norm: str, model: str) -> tuple[str, ...]:
 
 
 def _axis(model: str) -> int:
-    return -1 if model == "transformer" else 1
+    return -1 if model in ("lstm", "transformer") else 1
 
 
 def _on_model(pattern: str, model: str) -> str:
@@ -65,7 +65,7 @@ def _picture(pattern: str, model: str) -> str:
     sizes = {"c": 2 if "g" in names else 6, **_SMALL}
     sizes = {name: size for name, size in sizes.items() if name in names}
     if "..." in pattern and model != "mlp":
-        sizes |= {"n": 4, "t": 5} if model == "transformer" else {"h": 4, "w": 4}
+        sizes |= {"n": 4, "t": 5} if model in ("lstm", "tcn", "transformer") else {"h": 4, "w": 4}
     try:
         return draw(pattern, **sizes).svg
     except PatternError:  # more than five axes: the pattern's text has to do

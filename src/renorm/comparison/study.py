@@ -16,7 +16,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -98,7 +100,12 @@ Norms = Annotated[Names, AfterValidator(_norms)]
 Optimizers = Annotated[Names, AfterValidator(_optimizers)]
 Activations = Annotated[Names, AfterValidator(_activations)]
 Model = Annotated[str, AfterValidator(_model)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_axis)]
+# A tag for each of the two, so that what is neither gets the complaint about whole numbers only.
+BatchSize = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["all"], Tag("all")],
+    Discriminator(lambda value: "all" if value == "all" else "number"),
+]
+BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), BeforeValidator(_axis)]
 Rates = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_axis)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_seeds)]
 
@@ -127,7 +134,7 @@ class Study(BaseModel):
     task: Literal["auto", "classification", "regression"] = "auto"
     model: Model = "mlp"  # a built-in name or "module:function"
     norm: Norms = ("none", "batch", "layer", "group", "rms", "switch")
-    batch_size: Counts = (2, 32)
+    batch_size: BatchSizes = (2, 32)  # "all": the whole training part, one step an epoch
     lr: Rates = (0.1,)  # at batch size 32 if scaled; with tune_lr, the rates that are tried
     lr_scale: Literal["linear", "none"] = "linear"  # linear: lr * batch_size / 32
     optimizer: Optimizers = ("sgd",)
@@ -232,13 +239,14 @@ def grid(study: Study, splits: Splits, *, model: str | None = None, test: bool =
         StudyError: a batch size is larger than the training part.
     """
     num_train = len(splits.x_train)
-    too_large = [size for size in study.batch_size if size > num_train]
+    sizes = tuple(dict.fromkeys(num_train if size == "all" else size for size in study.batch_size))
+    too_large = [size for size in sizes if size > num_train]
     if too_large:
         raise StudyError(
             f"a batch must fit into the training part of {num_train} samples; got batch_size {too_large[0]}; "
-            f"write a batch size of at most {num_train}"
+            f"write a batch size of at most {num_train}, or all"
         )
-    axes = itertools.product(study.norm, study.batch_size, study.optimizer, study.activation, study.lr)
+    axes = itertools.product(study.norm, sizes, study.optimizer, study.activation, study.lr)
     return tuple(
         TrialSpec(
             data=splits.fingerprint,
@@ -293,7 +301,7 @@ def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
 
 _HINTS: Mapping[str, str] = {
     "norm": "for example batch,group(32)",
-    "batch_size": "whole numbers from 1, for example 2,32",
+    "batch_size": "whole numbers from 1, for example 2,32, or all for the whole training part",
     "lr": "numbers above 0, for example 0.01,0.1",
     "optimizer": "for example sgd,adam",
     "activation": "for example relu,gelu",
