@@ -23,21 +23,23 @@ PAGE = Path(__file__).parents[2] / "docs" / "diagnose" / "accuracy.md"
 INTRODUCTION = """\
 # How often `check` is right
 
-`check` on {clean} healthy and {faulty} faulty programs, with all rules but the ones that have to be asked for. The
-programs are in `tests/diagnose/clean` and `tests/diagnose/faulty`; `python tests/diagnose/accuracy.py` writes this page,
-and the tests fail where it is out of date.
+`check` on {clean} healthy and {faulty} faulty programs, with all rules but those that have to be asked for. They are in
+`tests/diagnose/clean` and `tests/diagnose/faulty`; `python tests/diagnose/accuracy.py` writes this page, and the tests
+fail where it is out of date.
 
 **What this is not.** The programs are our own. The faulty ones re-create the kinds of faults that the literature on
 faulty training programs and questions on forums describe; they are not those programs. Many of the rules were written
 with these programs in view, and thresholds were set so that the healthy ones stay quiet. The counts say that the rules
-do what they are meant to do, and show what they miss; they are no estimate for code that nobody here has seen.
+do what they are meant to do, and show what they miss; they are no estimate for code that nobody here has seen. What one
+batch cannot show, such as a missing `zero_grad`, labels of other samples or a leak between data sets, is not among the
+faults: that is for `watch`, or for nobody.
 
 | | programs | |
 |---|---|---|
 | healthy | {clean} | {errors} with an error, {warnings} with a warning ({share:.1%}) |
-| faulty | {faulty} | {detected} detected, {diagnosed} diagnosed, {alarms} with a false error, {doubts} with a false warning |
+| faulty | {faulty} | {detected} found, {diagnosed} diagnosed; with false errors: {alarms}, false warnings: {doubts} |
 
-*Detected*: there is an error or a warning; or an info, where the rule for this fault says no more (a bias in front of
+*Found*: there is an error or a warning; or an info, where the rule for this fault says no more (a bias in front of
 a batch norm is waste, not a mistake). *Diagnosed*: one of the rules that name the fault is among the findings. *False*:
 a finding by a rule that is not true of the program.
 """
@@ -123,7 +125,7 @@ def page():
         v = verdict(build)
         mark = {"error": "**{}**", "warning": "{}", "info": "*{}*"}
         found = ", ".join(mark[severity].format(id) for id, severity in v.found) or "nothing"
-        result = "diagnosed" if v.diagnosed else "detected" if v.detected else "missed"
+        result = "diagnosed" if v.diagnosed else "found" if v.detected else "missed"
         if v.diagnosed and not v.detected:
             result = "diagnosed, as an info"
         if v.false_errors + v.false_warnings:
@@ -148,4 +150,4 @@ def page():
 if __name__ == "__main__":
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
-    print({key: value for key, value in counts().items()})
+    print(counts())

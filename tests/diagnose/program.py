@@ -43,7 +43,11 @@ def programs(*modules):
     found = {}
     for module in modules:
         for name, build in vars(module).items():
-            if inspect.isfunction(build) and build.__module__ == module.__name__ and build.__annotations__.get("return") is Program:
+            if (
+                inspect.isfunction(build)
+                and build.__module__ == module.__name__
+                and build.__annotations__.get("return") is Program
+            ):
                 assert name not in found, f"two programs have the name {name}"
                 found[name] = build
     return found

@@ -24,6 +24,7 @@ __all__ = ["Layers", "Seen", "is_compiled", "unwrapped"]
 MAX_ENTRIES = 65536  # of an activation that are looked at; a strided choice of more
 MAX_CALLS = 4  # of one layer in a forward pass that are told apart; more are left out
 WINDOW = 5  # samples, at least, that judge whether a unit is dead
+IDLE = 3  # steps without a call, after which hooks are left out
 ENOUGH = 256  # entries of a unit, at least, that judge it
 Numbers = dict[str, Tensor | float]
 
@@ -99,6 +100,8 @@ class Layers:
         self._channels: tuple[set[int], set[int]] = set(), set()  # sizes: of a Conv1d's output, of a Linear's
         self._locating = False
         self._seen = Seen()
+        self._entered = False
+        self._idle = 0  # steps in which no hook was called: the model runs in a compiled function, or not as modules
 
     def attach(self, *, locating: bool = False) -> None:
         """Look at the forward passes from now on; `locating` looks for values that are not finite, everywhere."""
@@ -136,6 +139,12 @@ class Layers:
     def take(self) -> Seen:
         """What was seen since this was asked last."""
         seen, self._seen = self._seen, Seen()
+        if self.attached and self._handles:
+            self._idle = 0 if self._entered else self._idle + 1
+            self._entered = False
+            if self._idle >= IDLE:
+                self._off.add("all")
+                self._remove()
         for memory in self._memory.values():
             memory.pop("batches", None)
         return seen
@@ -151,6 +160,7 @@ class Layers:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not _is_plain():
                 return
+            self._entered = True
             if not self._stack:
                 self._begin(module, args, kwargs)
             self._stack.append((module, name, kind))
@@ -225,8 +235,10 @@ class Layers:
             name = name if call == 1 else f"{name} (call {call})"
             self._places[name] = output.untyped_storage().data_ptr()
         try:
-            x = args[0].detach() if args and type(args[0]) is Tensor else output.detach()
-            made = measure(module, x, output.detach(), self._axis(output), self._memory.setdefault(name, {}))
+            # Our own calls are nobody's functions.
+            with torch._C.DisableTorchFunction():
+                x = args[0].detach() if args and type(args[0]) is Tensor else output.detach()
+                made = measure(module, x, output.detach(), self._axis(output), self._memory.setdefault(name, {}))
         except Exception as error:
             self._off.add(kind)
             self._fail(f"looking at layers of kind {kind}", error)
@@ -290,14 +302,17 @@ def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, axis: int, memory
     if not getattr(module, "couples_batch", True):
         return {}
     batches: list[tuple[Tensor, Tensor, int]] = memory.setdefault("batches", [])
-    part = thinned(x, (0, 1)).float()
-    # A layer that is called in a loop needs not be measured each time.
-    if len(batches) < MAX_CALLS:
-        over = [i for i in range(part.dim()) if i != 1]
-        batches.append((*torch.var_mean(part, over, correction=0), len(x)))
-    means = torch.stack([batch[1] for batch in batches])
-    batch_var = torch.stack([batch[0] for batch in batches]).mean(0) + means.var(0, correction=0)
-    batch_mean = means.mean(0)
+    if len(batches) < MAX_CALLS:  # a layer that is called in a loop needs not be measured each time
+        # Sums of what is above the running mean: a tenth of the time of torch.var_mean on a CPU, and as good as that
+        # where the batch is anywhere near.
+        part = thinned(x, (0, 1)).float() - mean.float().view(-1, *[1] * (x.dim() - 2))
+        over = [i for i in range(x.dim()) if i != 1]
+        batches.append((part.mean(over), part.square().mean(over), len(x)))
+    above, squares, samples = batches[0]
+    if len(batches) > 1:
+        above, squares = (torch.stack([batch[i] for batch in batches]).mean(0) for i in (0, 1))
+        samples = sum(batch[2] for batch in batches)
+    batch_var = (squares - above.square()).clamp(min=0)
     eps = float(getattr(module, "eps", None) or 1e-5)
     weight = getattr(module, "weight", None)
     weight = weight if isinstance(weight, Tensor) else None
@@ -306,11 +321,11 @@ def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, axis: int, memory
     values = x.numel() // x.shape[1]
     memory["values"] = min(values, memory.get("values", values))
     numbers: Numbers = {
-        "mean": ((mean.float() - batch_mean) / (batch_var + eps).sqrt()).abs().median(),
+        "mean": (above / (batch_var + eps).sqrt()).abs().median(),
         "var": ((var.float() + eps) / (batch_var + eps)).log().abs().median(),
         "values": values,
         "fewest": memory["values"],
-        "samples": sum(batch[2] for batch in batches),
+        "samples": samples,
         "small": (var < 10 * eps).float().mean(),
         "frozen": float(not memory["learns"]),
     }

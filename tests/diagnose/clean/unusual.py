@@ -105,7 +105,10 @@ def bag_of_instances() -> Program:
     class AttentionMIL(nn.Module):
         def __init__(self):
             super().__init__()
-            self.features, self.attention = nn.Linear(20, 32), nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 1))
+            self.features, self.attention = (
+                nn.Linear(20, 32),
+                nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 1)),
+            )
             self.classifier = nn.Linear(32, 1)
 
         def forward(self, patches):
@@ -354,7 +357,11 @@ def sorted_by_length() -> Program:
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.gru, self.out = nn.Embedding(40, 16, padding_idx=0), nn.GRU(16, 24, batch_first=True), nn.Linear(24, 3)
+            self.embed, self.gru, self.out = (
+                nn.Embedding(40, 16, padding_idx=0),
+                nn.GRU(16, 24, batch_first=True),
+                nn.Linear(24, 3),
+            )
 
         def forward(self, tokens):
             lengths, order = (tokens != 0).sum(1).sort(descending=True)
@@ -606,3 +613,64 @@ def long_tails() -> Program:
     model = Net()
     x = torch.exp(3 + 2 * torch.randn(64, 20))
     return Program(model, nn.CrossEntropyLoss(), (x, torch.randint(2, (64,))), _adam(model))
+
+
+# ---- linear parts
+
+
+def bottleneck_of_components() -> Program:
+    """A linear autoencoder, which finds principal components: the narrow layer is the point."""
+    x = torch.randn(64, 12)
+    model = nn.Sequential(nn.Linear(12, 3, bias=False), nn.Linear(3, 12, bias=False))
+    return Program(model, nn.MSELoss(), (x, x), _adam(model))
+
+
+def embedding_and_head() -> Program:
+    """Features end in a linear layer, and the classifier is another one, without an activation, as in face nets."""
+    model = nn.Sequential(_mlp(10, 32), nn.Linear(32, 8))
+    return Program(model, nn.CrossEntropyLoss(), (torch.randn(32, 10), torch.randint(8, (32,))), _adam(model))
+
+
+def trend_and_season() -> Program:
+    """DLinear: two linear layers beside each other, on a moving average and on what is left."""
+
+    class DLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trend, self.season = nn.Linear(24, 6), nn.Linear(24, 6)
+
+        def forward(self, x):
+            smooth = F.avg_pool1d(F.pad(x, (2, 2), mode="replicate"), 5, 1)
+            return self.trend(smooth) + self.season(x - smooth)
+
+    model = DLinear()
+    return Program(model, nn.MSELoss(), (torch.randn(16, 3, 24), torch.randn(16, 3, 6)), _adam(model))
+
+
+def features_kept_for_later() -> Program:
+    """Activations are stored on the module for a plot, beside what goes on."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.seen = nn.Linear(10, 32), nn.Linear(32, 4), None
+
+        def forward(self, x):
+            x = self.a(x)
+            self.seen = F.relu(x)
+            return self.b(torch.tanh(x))
+
+    model = Net()
+    return Program(model, nn.CrossEntropyLoss(), (torch.randn(32, 10), torch.randint(4, (32,))), _adam(model))
+
+
+def each_with_each() -> Program:
+    """Each with each, on purpose: pairwise differences of scores and of targets for a ranking loss."""
+
+    def loss(score, y):
+        better = (y[:, None] > y[None, :]).float()
+        difference = score[:, None] - score[None, :]
+        return (F.softplus(-difference) * better).sum() / better.sum()
+
+    model = nn.Sequential(_mlp(10, 1), nn.Flatten(0))
+    return Program(model, loss, (torch.randn(24, 10), torch.randn(24)), _adam(model))

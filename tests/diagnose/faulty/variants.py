@@ -34,7 +34,9 @@ def kl_of_logits() -> Program:
     """kl_div of logits, which have no lower bound for the loss."""
     model = _mlp(10, 5)
     y = F.softmax(torch.randn(32, 5), 1)
-    return Program(model, lambda out, t: F.kl_div(out, t, reduction="batchmean"), (torch.randn(32, 10), y), _adam(model))
+    return Program(
+        model, lambda out, t: F.kl_div(out, t, reduction="batchmean"), (torch.randn(32, 10), y), _adam(model)
+    )
 
 
 @fault("C03b")
@@ -164,7 +166,10 @@ def root_of_a_broadcast_error() -> Program:
     """RMSE of (N, 1) and (N,)."""
     model = _mlp(10, 1)
     return Program(
-        model, lambda out, y: torch.sqrt(F.mse_loss(out, y) + 1e-8), (torch.randn(32, 10), torch.randn(32)), _adam(model)
+        model,
+        lambda out, y: torch.sqrt(F.mse_loss(out, y) + 1e-8),
+        (torch.randn(32, 10), torch.randn(32)),
+        _adam(model),
     )
 
 
@@ -342,6 +347,85 @@ def list_of_blocks_in_a_transformer() -> Program:
     return Program(model, nn.CrossEntropyLoss(), (tokens[:, :-1], tokens[:, 1:]), _adam(model))
 
 
+# ---- activations that are missing, and too much dropout
+
+
+@fault("C34")
+def no_activation_at_all() -> Program:
+    """Three linear layers in a row."""
+    model = nn.Sequential(nn.Linear(10, 64), nn.Linear(64, 32), nn.Linear(32, 4))
+    return Program(model, nn.CrossEntropyLoss(), _rows(), _adam(model))
+
+
+@fault("C34")
+def convolutions_without_activation() -> Program:
+    """Convolutions, average pooling, dropout and a linear layer; all of it linear."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)
+            self.drop, self.fc = nn.Dropout(0.2), nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = F.avg_pool2d(self.conv1(x), 2)
+            return self.fc(self.drop(self.conv2(x).mean((2, 3))))
+
+    model = Net()
+    return Program(model, nn.CrossEntropyLoss(), (torch.randn(16, 3, 14, 14), torch.randint(4, (16,))), _adam(model))
+
+
+@fault("C34")
+def activation_only_at_the_end() -> Program:
+    """Linear layers with a sigmoid behind the last one only."""
+    model = nn.Sequential(nn.Linear(10, 32), nn.Linear(32, 32), nn.Linear(32, 1), nn.Sigmoid())
+    return Program(model, nn.BCELoss(), (torch.randn(32, 10), torch.randint(2, (32, 1)).float()), _adam(model))
+
+
+@fault("C35")
+def activation_without_assignment() -> Program:
+    """F.relu(x) on a line of its own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(10, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = torch.tanh(self.a(x))
+            x = self.b(x)
+            F.relu(x)
+            return self.c(x)
+
+    model = Net()
+    return Program(model, nn.CrossEntropyLoss(), _rows(), _adam(model))
+
+
+@fault("C35")
+def norm_without_assignment() -> Program:
+    """self.bn(x) is called, and its result is not taken."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            self.bn(x)
+            return self.fc(F.relu(x).mean((2, 3)))
+
+    model = Net()
+    return Program(model, nn.CrossEntropyLoss(), (torch.randn(16, 3, 8, 8), torch.randint(4, (16,))), _adam(model))
+
+
+@fault("C19c")
+def probability_to_keep() -> Program:
+    """Dropout(0.9), where 0.9 was the probability to keep."""
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Dropout(0.9), nn.Linear(64, 4))
+    return Program(model, nn.CrossEntropyLoss(), _rows(), _adam(model))
+
+
 # ---- numbers
 
 
@@ -349,9 +433,7 @@ def list_of_blocks_in_a_transformer() -> Program:
 def inputs_of_nothing() -> Program:
     """A data set that reads no file and gives zeros."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-    return Program(
-        model, nn.CrossEntropyLoss(), (torch.zeros(16, 3, 12, 12), torch.randint(4, (16,))), _adam(model)
-    )
+    return Program(model, nn.CrossEntropyLoss(), (torch.zeros(16, 3, 12, 12), torch.randint(4, (16,))), _adam(model))
 
 
 @fault("C13")
@@ -363,7 +445,7 @@ def one_sample_many_times() -> Program:
     )
 
 
-@fault("C13")
+@fault("C13", also=("C11",))
 def hounsfield_units() -> Program:
     """CT images from -1000 to 3000 into a net without norms."""
     model = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 2))

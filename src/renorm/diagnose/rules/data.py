@@ -76,6 +76,12 @@ def _of_batch(evidence: Evidence, node: Node) -> bool:
 def input_scale(evidence: Evidence) -> Iterator[Found]:
     """Read where the first weights read it: a model that scales its inputs itself is judged behind that."""
     seen: set[int] = set()
+    if all_alike(evidence):
+        yield Found(
+            f"all {evidence.batch_size} samples of the batch are the same, and their targets are not",
+            fix="# an index that does not move, a file that is not read, an array that is filled in place?",
+        )
+        return
     for node, values in first_weights(evidence):
         if id(values) in seen:
             continue
@@ -94,6 +100,16 @@ def input_scale(evidence: Evidence) -> Iterator[Found]:
         trouble = _trouble(values.detach(), numbers)
         if trouble:
             yield Found(f"the inputs at {node.where} {trouble[0]}", module=node.name, fix=trouble[1])
+
+
+def all_alike(evidence: Evidence) -> bool:
+    """Whether every input has one row again and again, while the targets differ."""
+    size = evidence.batch_size
+    rows = [x for x in tensors_in(evidence.inputs) if x.dim() > 0 and len(x) == size]
+    targets = [t for t in tensors_in(evidence.target) if t.dim() > 0 and len(t) == size]
+    if size < 8 or not rows or len(rows) < len(tensors_in(evidence.inputs)) or not any(x[0].numel() > 1 for x in rows):
+        return False
+    return all(bool((x == x[:1]).all()) for x in rows) and any(not bool((t == t[:1]).all()) for t in targets)
 
 
 STANDARDIZE = "x = (x - mean) / std  # mean and std of the training set, column by column"
@@ -213,6 +229,9 @@ def initial_loss(evidence: Evidence) -> Iterator[Found]:
         node = evidence.blame(call.input)
         if node is None or node.kind not in ("linear", "conv", "conv_transpose", "matmul"):
             continue  # such as scaled cosines with a margin, which start high on purpose
+        weights = any(isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter) for x in node.inputs)
+        if node.kind == "matmul" and not weights:
+            continue  # similarities, which a temperature may have scaled
         found = _chance(call)
         if found is None:
             continue

@@ -415,7 +415,7 @@ def _matters(evidence: Evidence, names: set[str]) -> bool:
     before, after = evidence.again(change=partial(shake, seed=0, names=evidence.gradients)), evidence.again(change=both)
     if before.loss is None or after.loss is None:
         return False
-    losses = float(before.loss), float(after.loss)
+    losses = float(before.loss.detach()), float(after.loss.detach())
     return all(map(math.isfinite, losses)) and losses[0] != losses[1]
 
 

@@ -444,6 +444,7 @@ def broadcast_loss(evidence: Evidence) -> Iterator[Found]:
     pairs += [
         ("a difference", *d.inputs) for d in differences if len(d.inputs) == 2 and targets & set(map(id, d.inputs))
     ]
+    pairs += column_and_row(evidence, {id(tensor) for pair in pairs for tensor in pair[1:]})
     for what, one, other in pairs:
         shapes = tuple(one.shape), tuple(other.shape)
         if shapes[0] == shapes[1] or one.numel() <= 1 or other.numel() <= 1:
@@ -461,6 +462,24 @@ def broadcast_loss(evidence: Evidence) -> Iterator[Found]:
                 if len(shapes[0]) > len(shapes[1])
                 else f"loss(output, target.view{linear(shapes[0])})",
             )
+
+
+BY_HAND = ("sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__", "__rmul__")
+
+
+def column_and_row(evidence: Evidence, known: set[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Differences and products of an output (N, 1) and of numbers (N,) of the batch, wherever they are computed."""
+    size = evidence.batch_size
+    for node in evidence.trace.of_kind(*BY_HAND):
+        if len(node.inputs) != 2 or size < 2 or known & set(map(id, node.inputs)):
+            continue
+        for (one, source), (other, _) in (both := [*zip(node.inputs, node.sources, strict=True)], both[::-1]):
+            if tuple(one.shape) != (size, 1) or tuple(other.shape) != (size,):
+                continue
+            on_purpose = source is not None and source.kind in ("unsqueeze", "__getitem__")  # each with each
+            if one.requires_grad and not other.requires_grad and not on_purpose and evidence.blame(other) is None:
+                yield ("a product" if "mul" in node.kind else "a difference"), one, other
+                return
 
 
 @rule(
@@ -668,9 +687,9 @@ def summed_loss(evidence: Evidence) -> Iterator[Found]:
     both = evidence.again(mapped(evidence.inputs, twice), mapped(evidence.target, twice), change=quiet)
     if once.error is not None or both.error is not None or once.loss is None or both.loss is None:
         return
-    if once.loss.numel() != 1 or both.loss.numel() != 1 or float(once.loss) == 0:
+    if once.loss.numel() != 1 or both.loss.numel() != 1 or float(once.loss.detach()) == 0:
         return
-    ratio = float(both.loss) / float(once.loss)
+    ratio = float(both.loss.detach()) / float(once.loss.detach())
     if abs(ratio - 2) < 0.02:
         # Adam and its like divide by the gradients' size; a bound on the likelihood of the input is a sum by habit.
         scaled = any(word in type(evidence.optimizer).__name__.lower() for word in SCALE_FREE)

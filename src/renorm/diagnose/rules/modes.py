@@ -156,6 +156,36 @@ def dropout_on_output(evidence: Evidence) -> Iterator[Found]:
             )
 
 
+@rule(
+    "C19c",
+    "most-is-dropped",
+    "warning",
+    title="A dropout that drops nearly everything",
+    why="Torch's p is the probability to drop. Some libraries take that to keep: 0.9 of those is 0.1 here.",
+    fix="p = 1 - (probability to keep).",
+    source="torch.nn.Dropout; tf.nn.dropout of TensorFlow 1 took keep_prob. The threshold is ours",
+    bad=DROPPED.format("", "nn.Dropout(0.9), "),
+    good=DROPPED.format("", "nn.Dropout(0.1), "),
+)
+def most_is_dropped(evidence: Evidence) -> Iterator[Found]:
+    """p of 0.8 and more, and as many zeros in the output."""
+    found: dict[str, tuple[Node, float]] = {}
+    for node in evidence.trace.of_kind("dropout"):
+        p = probability(node)
+        if p >= 0.8 and node.inputs and node.outputs[0].shape == node.inputs[0].shape:
+            live = node.inputs[0].detach() != 0
+            dropped = float((live & (node.outputs[0].detach() == 0)).sum()) / max(1, int(live.sum()))
+            if dropped > 0.9 * p - 0.1 and "alpha" not in type(node.module).__name__.lower():
+                found.setdefault(called(node), (node, dropped))
+    for where, (node, dropped) in found.items():
+        p = probability(node)
+        yield Found(
+            f"{where} drops {dropped:.0%} of what comes in (p={p:g})",
+            module=node.name,
+            fix=f"p={round(1 - p, 6):g}  # if {p:g} was the probability to keep",
+        )
+
+
 AWAKE = """
 class Net(nn.Module):
     def __init__(self):
@@ -215,9 +245,9 @@ def dropout_in_evaluation(evidence: Evidence) -> Iterator[Found]:
 
 def attention_dropout(node: Node) -> float:
     """The probability that a call of scaled_dot_product_attention drops a weight with."""
-    if node.module is not None:
-        return 0.0
-    return float(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    p = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    # multi_head_attention_forward has the number of heads in that place.
+    return float(p) if node.module is None and isinstance(p, float) else 0.0
 
 
 def says_so(evidence: Evidence, node: Node) -> bool:
