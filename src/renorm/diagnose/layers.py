@@ -310,7 +310,7 @@ def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, axis: int, memory
         batches.append((part.mean(over), part.square().mean(over), len(x)))
     above, squares, samples = batches[0]
     if len(batches) > 1:
-        above, squares = (torch.stack([batch[i] for batch in batches]).mean(0) for i in (0, 1))
+        above, squares = (torch.stack(parts).mean(0) for parts in ([b[0] for b in batches], [b[1] for b in batches]))
         samples = sum(batch[2] for batch in batches)
     batch_var = (squares - above.square()).clamp(min=0)
     eps = float(getattr(module, "eps", None) or 1e-5)

@@ -88,9 +88,7 @@ def windows(history: History, size: int) -> list[list[float]]:
     source="SageMaker Debugger's LossNotDecreasing fires on 22 of 24 healthy runs, since converged ones are flat, too: "
     "here only a loss at its start or at the level of guessing counts; calibrated on the clean programs of "
     "tests/diagnose",
-    bad=training(model=MLP, steps=500).replace(
-        "y[i])", "y[torch.randint(256, (32,))])"
-    ),
+    bad=training(model=MLP, steps=500).replace("y[i])", "y[torch.randint(256, (32,))])"),
     good=training(steps=400),
 )
 def loss_is_flat(history: History) -> Iterator[Found]:
@@ -351,8 +349,9 @@ def explained(trained: Fit, checked: Fit) -> str:
     if not (checked.variance > 0 and trained.variance > 0):
         return "The targets are constant"
     text = (
-        f"The variance of the targets is {checked.variance:.3g} in validation and {trained.variance:.3g} in training, and "
-        f"{checked.error / checked.variance:.2f} and {trained.error / trained.variance:.2f} times as much is left as error"
+        f"The variance of the targets is {checked.variance:.3g} in validation and {trained.variance:.3g} in training, "
+        f"and {checked.error / checked.variance:.2f} and {trained.error / trained.variance:.2f} times as much is left "
+        "as error"
     )
     if abs(checked.shift) > 0.1 * math.sqrt(checked.error):
         text += f"; the outputs are off by {checked.shift:+.3g} on average"
