@@ -1,6 +1,7 @@
 """What every test starts from, wherever it is run."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -21,3 +22,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    """No test meets the compiled graphs of another: all norms share one forward, and graphs of it are limited."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
