@@ -38,6 +38,7 @@ class Found:
     fix: str = ""  # code for this model; "" for the entry's
     severity: Severity | None = None  # None for the entry's
     mend: Mend | None = None  # where the fix is mechanical
+    key: str | None = None  # what `watch` tells once, the layers it names may change; None for the module
 
 
 @dataclass(frozen=True)

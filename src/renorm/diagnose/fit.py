@@ -20,7 +20,7 @@ Comparison = tuple[Literal["counts", "either"], Tensor]
 
 @torch.no_grad()
 def compared(outputs: Tensor, targets: Tensor) -> Comparison | None:
-    """Counts, (3, classes): labels, predictions, both; or moments, as `fetched` takes them; None of anything else.
+    """Counts, of labels, predictions and both; or moments; as `fetched` takes them, None of anything else.
 
     Classes: outputs (N, K, ...) and targets (N, ...) of integers, negative or too large ones left out; or one output
     and targets of 0 and 1. Moments: floats of the same shape.
@@ -40,32 +40,38 @@ def compared(outputs: Tensor, targets: Tensor) -> Comparison | None:
     y, t = outputs.flatten(), targets.flatten()
     one = y.numel() == len(outputs)
     if whole:
-        return ("counts", _binary(y, t).flatten()) if one else None
+        return ("counts", _binary(y, t)) if one else None
     # Whether the targets are labels is known only when they are fetched, which is done once for everything.
-    labels = ((t == 0) | (t == 1)).all().reshape(1).double()
-    counts = _binary(y, t).flatten().double() if one else labels.new_zeros(0)
-    return "either", torch.cat([labels, counts, _moments(y.double(), t.double())])
+    labels = _wide(((t == 0) | (t == 1)).all().reshape(1))
+    counts = _binary(y, t) if one else labels.new_zeros(0)
+    return "either", torch.cat([labels, counts, _moments(_wide(y), _wide(t))])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def _binary(y: Tensor, t: Tensor) -> Tensor:
     # Of logits or probabilities: those are never negative and never above 1.
     positive = y > torch.where((y < 0).any() | (y > 1).any(), 0.0, 0.5)
-    return _table(torch.stack([~positive, positive], 1), t)
+    return _table(y[:, None], torch.stack([~positive, positive], 1), t)
 
 
 def _counts(rows: Tensor, labels: Tensor) -> Comparison | None:
     if rows.shape[1] > MAX_CLASSES:
         return None
     step = max(1, rows.numel() // MAX_CELLS)
-    predicted = rows[::step].argmax(1)
-    return "counts", _table(predicted[:, None] == torch.arange(rows.shape[1], device=rows.device), labels[::step])
+    rows, every = rows[::step], torch.arange(rows.shape[1], device=rows.device)
+    return "counts", _table(rows, rows.argmax(1)[:, None] == every, labels[::step])
 
 
-def _table(is_predicted: Tensor, labels: Tensor) -> Tensor:
-    """(3, classes): how often a class is the label, is predicted, both."""
+def _table(rows: Tensor, is_predicted: Tensor, labels: Tensor) -> Tensor:
+    """How often a class is the label, is predicted, both; and how much the outputs vary over samples."""
     is_label = labels[:, None] == torch.arange(is_predicted.shape[1], device=labels.device)
     is_predicted = is_predicted & is_label.any(1, keepdim=True)  # labels outside the classes are no labels
-    return torch.stack([is_label.sum(0), is_predicted.sum(0), (is_label & is_predicted).sum(0)])
+    spread = rows.float().std(0, correction=0).mean() / rows.float().abs().mean().clamp(min=1e-30)
+    counts = torch.cat([is_label.sum(0), is_predicted.sum(0), (is_label & is_predicted).sum(0)])
+    return torch.cat([_wide(counts), _wide(spread.reshape(1))])
 
 
 def _moments(y: Tensor, t: Tensor) -> Tensor:
@@ -82,8 +88,10 @@ def fetched(kind: str, values: list[float], step: int, validation: bool) -> Coun
         kind, values = ("counts", values[:-MOMENTS]) if labels else ("fit", values[-MOMENTS:])
     if kind == "counts":
         k = len(values) // 3
-        table = [tuple(map(int, values[i * k : (i + 1) * k])) for i in range(3)]
-        return Counts(step, validation, *table) if k else None  # none of several labels at once
+        if not k:  # several labels at once
+            return None
+        labelled, predicted, both = (tuple(map(int, values[i * k : (i + 1) * k])) for i in range(3))
+        return Counts(step, validation, labelled, predicted, both, values[-1])
     error, variance, spread, shift, covariance = values
     scale = math.sqrt(max(variance, 0) * max(spread, 0))
     return Fit(step, validation, error, variance, spread, shift, covariance / scale if scale > 0 else math.nan)

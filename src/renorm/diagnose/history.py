@@ -43,6 +43,7 @@ class Sample:
     modes: dict[str, bool] = field(default_factory=dict)  # `training` of each model when the optimizer stepped
     left: float | None = None  # the smallest gradient that a backward pass of this step found in place
     skipped: bool = False  # whether the gradient scaler let the optimizer skip the step
+    moved: dict[str, float] = field(default_factory=dict)  # share of entries that changed; of 16 bits only
     partly: frozenset[str] = frozenset()  # parameters too large to be copied: their change is estimated
 
     def ratio(self, name: str) -> float:
@@ -65,6 +66,7 @@ class Counts:
     labels: tuple[int, ...]  # how often a class is the label
     predicted: tuple[int, ...]  # how often it is predicted
     right: tuple[int, ...]  # how often both
+    spread: float  # of the outputs over the samples, as a share of their size
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class History:
     fits: deque[Fit] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
     step: int = 0  # steps so far
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by parameter
-    events: dict[str, Any] = field(default_factory=dict)  # what was seen besides: see watch.py
+    # What was seen besides: "loss", the operations it comes from; "lost", what is not finite; see watch.py.
+    events: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> Sample | None:
@@ -131,6 +134,15 @@ class History:
             return math.nan
         then, now = math.fsum(self.start) / len(self.start), math.fsum(self.latest(RECENT)) / RECENT
         return (then - now) / max(abs(then), 1e-30)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the last loss, gradients or weights are not finite."""
+        if self.losses and not math.isfinite(self.losses[-1][1]):
+            return True
+        sample = self.last
+        numbers = () if sample is None or sample.skipped else (*sample.gradients.values(), *sample.weights.values())
+        return not all(map(math.isfinite, numbers))
 
     def matrices(self, sample: Sample) -> list[str]:
         """The parameters of two dimensions and more that had a gradient, in the model's order."""

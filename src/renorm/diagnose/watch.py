@@ -97,7 +97,7 @@ class Watch:
         ]
         self._rules = [r for r in RULES.values() if r.when == "watch" and not {r.id, r.slug} & set(ignore)]
         self._failures: list[str] = []
-        self._found: dict[tuple[str, str, str], Finding] = {}  # by rule, module and optimizer
+        self._found: dict[tuple[str, str, str], Finding] = {}  # by rule, module or other key, and optimizer
         self._suspected: dict[tuple[str, str, str], int] = {}  # warnings seen once, and in which look
         self._log = None if log is None else Path(log)
         self._names: dict[Tensor, str] = {}
@@ -128,6 +128,8 @@ class Watch:
         """
         track = self._last
         with self._safely():
+            if "loss" not in track.history.events:
+                track.history.events["loss"] = _made_by(loss)
             value = _number(loss)
             track.losses.append((max(0, track.history.step - 1), value))
             track.unasked += 1
@@ -253,6 +255,10 @@ class Watch:
                 self._weigh_gradients(track)
             changes = torch._foreach_sub([_rows(p) for _, p in track.owned], before) if before else []
             track.numbers |= _keyed("update", track.owned, _norms(changes))
+            short = [
+                (name, change) for (name, _), change in zip(track.owned, changes, strict=True) if change.itemsize == 2
+            ]
+            track.numbers |= {("moved", name): change.count_nonzero() / change.numel() for name, change in short}
             if track.found:
                 found = [0.0 if norm is None else norm for norm in track.found]
                 track.numbers |= {("left", str(i)): norm for i, norm in enumerate(found)}
@@ -371,6 +377,7 @@ class Watch:
         history.events["lost"] = [n for (n, _), (norm,) in zip(named, norms, strict=True) if not math.isfinite(norm)]
         if len(history.events["lost"]) < len(named) / 2:  # else they make everything behind them so
             self._locating = PATIENCE
+            self._layers.attach(locating=True)
 
     def _located(self, outputs: list[tuple[str, Tensor]] | None = None) -> None:
         """Which layer was the first whose output is not finite."""
@@ -407,21 +414,28 @@ class Watch:
         track.unasked = 0
         track.looks += 1
         new: list[Finding] = []
+        broken = track.history.broken
         for rule in list(self._rules):
+            if broken and rule.slug != "non-finite":  # all else follows from that
+                continue
             try:
-                findings = [Finding.of(rule, found, track.history.step) for found in rule.find(track.history)]
+                founds = list(rule.find(track.history))
             except Exception as error:  # a diagnosis must not stop a training run by its own bugs
                 self._rules.remove(rule)
                 self._fail(f"rule {rule.id} ({rule.slug})", error)
                 continue
-            new += [finding for finding in findings if self._is_new(track, finding)]
+            for found in founds:
+                finding = Finding.of(rule, found, track.history.step)
+                if track.label:
+                    finding = dataclasses.replace(finding, message=f"{track.label}: {finding.message}")
+                if self._is_new(
+                    track, (rule.id, found.module if found.key is None else found.key, track.label), finding
+                ):
+                    new.append(finding)
         return new
 
-    def _is_new(self, track: _Track, finding: Finding) -> bool:
+    def _is_new(self, track: _Track, key: tuple[str, str, str], finding: Finding) -> bool:
         """Whether the finding is to be told now: once, and a warning only when it was seen in two looks running."""
-        key = finding.id, finding.module, track.label
-        if track.label:
-            finding = dataclasses.replace(finding, message=f"{track.label}: {finding.message}")
         known = self._found.get(key)
         if known is not None and (known.severity == finding.severity or finding.severity != "error"):
             self._found[key] = dataclasses.replace(known, count=known.count + 1)
@@ -489,6 +503,7 @@ def _sample(draft: _Draft, numbers: dict[Key, float], layers: dict[str, Layer], 
         updates,
         layers,
         inputs=(math.nan if any(map(math.isnan, inputs)) else max(inputs)) if inputs else None,
+        moved=of("moved"),
         left=min(left) if left else None,
         skipped=any(of("skipped").values()),
         **draft.sample,
@@ -509,6 +524,18 @@ def _number(loss: Tensor | float) -> Tensor | float:
         return float(loss)
     mean = _local(loss.detach()).float().mean()
     return float(mean) if mean.device.type == "cpu" else mean.clone()
+
+
+def _made_by(loss: Any) -> frozenset[str]:
+    """The operations a loss comes from, the next few behind it; none of a mere number."""
+    names: set[str] = set()
+    reached = [getattr(loss, "grad_fn", None)]
+    while reached and len(names) < 30 and len(reached) < 200:
+        node = reached.pop(0)
+        if node is not None:
+            names.add(str(node.name()).removesuffix("0").removesuffix("Backward"))
+            reached += [one for one, _ in node.next_functions]
+    return frozenset(names)
 
 
 def _closure(args: Any, kwargs: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
@@ -24,6 +24,17 @@ def seen(history: History, kinds: tuple[str, ...], count: int) -> Iterator[tuple
     for name, layer in samples[-1].layers.items():
         if layer.kind in kinds and all(name in sample.layers for sample in samples):
             yield name, [sample.layers[name].numbers for sample in samples]
+
+
+def bound(history: History, stuck: float, learning: float) -> float:
+    """How much is too much, for a training whose loss does not fall, and for one whose loss does."""
+    return learning if history.progress > 0.2 else stuck
+
+
+def and_so(found: Mapping[str, object], worst: str) -> str:
+    """Which other layers have it too, for a message."""
+    others = [name for name in found if name != worst]
+    return f" (alike: {listed(others)})" if others else ""
 
 
 def module_of(name: str) -> str:
@@ -52,20 +63,25 @@ def module_of(name: str) -> str:
     good=training(),
 )
 def dead_units(history: History) -> Iterator[Found]:
-    """More than half of the units; an error where nearly all are, and weights have no gradient."""
-    for name, samples in seen(history, ("relu",), 1):
-        numbers = samples[-1]
-        if numbers["units"] < UNITS or numbers["samples"] < 5 or numbers["entries"] < 256 or numbers["dead"] <= 0.5:
-            continue
+    """More than half of the units, four fifths while the loss falls; an error if nearly all and weights stand still."""
+    found = {}
+    for name, (numbers,) in seen(history, ("relu",), 1):
+        judged = numbers["units"] >= UNITS and numbers["samples"] >= 5 and numbers["entries"] >= 256
+        if judged and numbers["dead"] > bound(history, 0.5, 0.8):
+            found[name] = numbers
+    if found:
+        name = max(found, key=lambda one: found[one]["dead"])
+        numbers = found[name]
         sample = history.samples[-1]
         stuck = [one for one in history.matrices(sample) if sample.gradients[one] == 0]
         severity: Severity = "error" if numbers["dead"] > 0.95 and stuck else "warning"
         yield Found(
             f"{100 * numbers['dead']:.0f}% of the {numbers['units']:.0f} units of {name} were 0 for all of the last "
-            f"{numbers['entries']:.0f} values of each"
+            f"{numbers['entries']:.0f} values of each{and_so(found, name)}"
             + (f"; {listed(stuck)} get no gradient" if severity == "error" else ""),
             module=module_of(name),
             severity=severity,
+            key="",
         )
 
 
@@ -85,14 +101,21 @@ def dead_units(history: History) -> Iterator[Found]:
     good=training(model="model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3))"),
 )
 def saturated_units(history: History) -> Iterator[Found]:
-    """More than half of the values beyond 3 (tanh) or 6 (sigmoid), in 3 samples; the model's outputs are left out."""
-    for name, samples in seen(history, ("tanh", "sigmoid"), 3):
-        share = min(numbers["saturated"] for numbers in samples)
-        if share > 0.5 and min(numbers["entries"] for numbers in samples) >= 64:
-            limit = 3 if history.samples[-1].layers[name].kind == "tanh" else 6
-            yield Found(
-                f"{100 * share:.0f}% of the values that go into {name} are beyond ±{limit}", module=module_of(name)
-            )
+    """More than half of the values in 3 samples, nine tenths while the loss falls; the model's outputs are left out."""
+    shares = {
+        name: min(numbers["saturated"] for numbers in samples)
+        for name, samples in seen(history, ("tanh", "sigmoid"), 3)
+        if min(numbers["entries"] for numbers in samples) >= 64
+    }
+    found = {name: share for name, share in shares.items() if share > bound(history, 0.5, 0.9)}
+    if found:
+        name = max(found, key=lambda one: found[one])
+        limit = 3 if history.samples[-1].layers[name].kind == "tanh" else 6
+        yield Found(
+            f"{100 * found[name]:.0f}% of the values that go into {name} are beyond ±{limit}{and_so(found, name)}",
+            module=module_of(name),
+            key="",
+        )
 
 
 # ---- batch norms
@@ -122,9 +145,9 @@ def off(history: History, after: Callable[[nn.Module], int]) -> Iterator[tuple[s
 
 
 def memory(module: nn.Module) -> int:
-    """Steps behind which the running statistics have forgotten where they started."""
+    """Steps behind which running statistics have forgotten where they started, small variances included."""
     momentum = getattr(module, "momentum", None)
-    return round(3 / momentum) if momentum else SETTLED
+    return round(12 / momentum) if momentum else SETTLED
 
 
 def distance(numbers: dict[str, float]) -> str:
@@ -168,12 +191,19 @@ report = w.report
     good=SORTED.format("torch.randint(256, (32,))"),
 )
 def batches_unlike_running_statistics(history: History) -> Iterator[Found]:
-    """In 3 samples, after the start is forgotten; all batches between two steps count as one."""
-    found = dict(off(history, lambda module: max(50, memory(module))))
+    """In 3 samples, after the start is forgotten; all batches between two steps count as one.
+
+    Not where several optimizers take turns: a critic sees real and made images in batches of their own, on purpose.
+    """
+    if len(history.optimizers) > 1:
+        return
+    found = dict(off(history, memory))
     if found:
         name = max(found, key=lambda one: found[one]["mean"])
         yield Found(
-            f"running and batch statistics of {listed(found)} are apart, of {name} {distance(found[name])}", name
+            f"running and batch statistics of {listed(found)} are apart, of {name} {distance(found[name])}",
+            name,
+            key="",
         )
 
 
@@ -212,6 +242,7 @@ def frozen_norm_still_moves(history: History) -> Iterator[Found]:
             f"{listed(found)} {verb} frozen and in training mode: the running mean of {name} moved by "
             f"{found[name]:.2g} standard deviations since step {history.samples[0].step}",
             module=name,
+            key="",
         )
 
 

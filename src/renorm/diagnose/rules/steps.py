@@ -145,6 +145,7 @@ def vanishing_gradient(history: History) -> Iterator[Found]:
         f"the gradient of {first} is {ratio:.1g} times that of {last} (root mean squares, {len(samples)} samples), and "
         f"the loss is {abs(100 * history.progress):.1f}% {'below' if history.progress >= 0 else 'above'} its start",
         module=first.rpartition(".")[0],
+        key="",
         severity="error" if ratio < 1e-6 else None,
     )
 
@@ -227,6 +228,7 @@ def size_of_updates(history: History) -> Iterator[Found]:
             f"(learning rate {samples[-1].rates.get(name, math.nan):g})",
             module=name.rpartition(".")[0],
             severity="error" if harmful else None,
+            key="large",
         )
     yield from too_small(history)
 
@@ -259,6 +261,7 @@ def too_small(history: History) -> Iterator[Found]:
         yield Found(
             f"no step changed any weight by more than {most:.1g} times its norm (learning rate {rates[-1]:g})",
             fix="Raise the learning rate: steps of about a thousandth of the weights are usual.",
+            key="small",
         )
 
 
@@ -279,7 +282,7 @@ def too_small(history: History) -> Iterator[Found]:
     good=training(),
 )
 def parameter_never_moves(history: History) -> Iterator[Found]:
-    """Of a weight matrix the bits are the same in 3 samples; or the optimizer holds what the model has no more."""
+    """Of a matrix the bits are the same in 3 samples, or nearly all; or the optimizer holds what the model has not."""
     yield from replaced(history)
     samples = [s for s in history.recent(3) if not s.skipped]
     if len(samples) < 3 or samples[0].step < SETTLED:
@@ -298,6 +301,21 @@ def parameter_never_moves(history: History) -> Iterator[Found]:
         yield Found(
             f"{listed(still)} had a gradient and a learning rate in {len(samples)} samples and did not change{dtype}",
             module=still[0].rpartition(".")[0],
+            key="",
+        )
+        return
+    names = [name for name in history.matrices(samples[-1]) if not isinstance(owner(history, name), nn.Embedding)]
+    rounded = {
+        n: max(s.moved.get(n, 1.0) for s in samples) for n in names if samples[-1].rates.get(n, 0.0) > 0.1 * most
+    }
+    rounded = {name: moved for name, moved in rounded.items() if moved < 0.05}
+    if rounded:
+        yield Found(
+            f"at most {100 * max(rounded.values()):.2g}% of the entries of {listed(rounded)} changed in each of "
+            f"{len(samples)} steps: in this precision the others round back to what they were",
+            module=next(iter(rounded)).rpartition(".")[0],
+            severity="warning",
+            key="rounded",
         )
 
 
@@ -305,7 +323,8 @@ def stands(sample: Sample, name: str) -> bool:
     """Whether the optimizer should have changed the parameter and did not."""
     if name in sample.partly or sample.updates.get(name) != 0.0:
         return False
-    return sample.gradients.get(name, 0.0) > 0
+    # A gradient that vanished on the way, and is lost in rounding by right, is another rule's.
+    return sample.gradients.get(name, 0.0) > 1e-6 * max(sample.gradients.values())
 
 
 def replaced(history: History) -> Iterator[Found]:
