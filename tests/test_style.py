@@ -444,7 +444,8 @@ def test_a_sample_in_evaluation_depends_on_its_own_condition_only(kind):
     state = copy.deepcopy(layer.eval().state_dict())
     whole = layer(x, condition)
     for i in range(5):
-        close(layer(x[i : i + 1], condition[i : i + 1]), whole[i : i + 1], TIGHT)
+        # A convolution of one sample may sum in another order than that of five.
+        close(layer(x[i : i + 1], condition[i : i + 1]), whole[i : i + 1], 8 * TIGHT)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
 
