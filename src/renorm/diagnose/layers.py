@@ -307,12 +307,13 @@ def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, axis: int, memory
         # where the batch is anywhere near.
         part = thinned(x, (0, 1)).float() - mean.float().view(-1, *[1] * (x.dim() - 2))
         over = [i for i in range(x.dim()) if i != 1]
-        batches.append((part.mean(over), part.square().mean(over), len(x)))
-    above, squares, samples = batches[0]
+        above = part.mean(over)
+        batches.append((mean + above, (part.square().mean(over) - above.square()).clamp(min=0), len(x)))
+    batch_mean, batch_var, samples = batches[0]
     if len(batches) > 1:
-        above, squares = (torch.stack(parts).mean(0) for parts in ([b[0] for b in batches], [b[1] for b in batches]))
+        spread, batch_mean = torch.var_mean(torch.stack([batch[0] for batch in batches]), 0, correction=0)
+        batch_var = torch.stack([batch[1] for batch in batches]).mean(0) + spread
         samples = sum(batch[2] for batch in batches)
-    batch_var = (squares - above.square()).clamp(min=0)
     eps = float(getattr(module, "eps", None) or 1e-5)
     weight = getattr(module, "weight", None)
     weight = weight if isinstance(weight, Tensor) else None
@@ -321,7 +322,7 @@ def _batch_statistics(module: nn.Module, x: Tensor, y: Tensor, axis: int, memory
     values = x.numel() // x.shape[1]
     memory["values"] = min(values, memory.get("values", values))
     numbers: Numbers = {
-        "mean": (above / (batch_var + eps).sqrt()).abs().median(),
+        "mean": ((mean - batch_mean) / (batch_var + eps).sqrt()).abs().median(),
         "var": ((var.float() + eps) / (batch_var + eps)).log().abs().median(),
         "values": values,
         "fewest": memory["values"],

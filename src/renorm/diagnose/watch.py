@@ -225,10 +225,10 @@ class Watch:
             self._look()
         if not self._is_sampled(track):
             return
-        if any(p not in self._names for group in track.optimizer.param_groups for p in group["params"]):
+        params = [p for group in track.optimizer.param_groups for p in group["params"]]
+        if len(track.history.sizes) < len(self._names) or any(p not in self._names for p in params):  # layers are new
             self._names = self._named()
-        owned = [p for group in track.optimizer.param_groups for p in group["params"] if p in self._names]
-        track.owned = [(self._names[p], p) for p in owned if not nn.parameter.is_lazy(p)]
+        track.owned = [(self._names[p], p) for p in params if p in self._names and not nn.parameter.is_lazy(p)]
         track.numbers = _keyed("weight", track.owned, _norms(_local(p) for _, p in track.owned))
         if not _closure(args, kwargs):
             self._weigh_gradients(track)
