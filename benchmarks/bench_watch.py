@@ -3,11 +3,10 @@
     python benchmarks/bench_watch.py [--steps 300] [--every 25] [--device cuda] [--save]
 
 Each model is trained twice from the same weights on the same batch, a step of one and a step of the other in turn;
-which comes first changes from step to step. The first steps, which are all sampled, are left out. `overhead` is the
-mean over watched steps, sampled ones at their share of 1 in `every`, over the median of unwatched ones: medians of
-sampled and of other steps are taken apart, since a sampled one is rare. `sampled` is the cost of a sampled step over an
-unwatched one, `off` that of the others. `syncs` are the host's waits for the device in a sampled step (on a GPU). With
-`--save`, `results/watch.csv` has the rows.
+which comes first changes from step to step. The first steps, which are all sampled, are left out. `sampled` is what a
+sampled step costs over an unwatched one beside it, `off` what the others cost: medians and quartiles, in percent.
+`overhead` is both together, sampled steps at their share of 1 in `every`. `syncs` are the waits of the host for the
+device in a sampled step (on a GPU). With `--save`, `results/watch.csv` has the rows.
 """
 
 import argparse

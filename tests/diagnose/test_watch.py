@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.multiprocessing import spawn
 from torch.utils.checkpoint import checkpoint
 
 import renorm as rn
-from renorm.diagnose import RULES, Found, layers, rule
+from renorm.diagnose import RULES, Found, layers, readings, rule
 from renorm.diagnose import watch as watch_function
 from renorm.errors import DiagnosisError, RuleError
 
@@ -252,7 +253,7 @@ def test_a_sampled_step_waits_for_the_device_once(monkeypatch):
 
 def test_losses_on_a_device_are_fetched_with_the_samples(monkeypatch):
     """A tensor elsewhere is not waited for; here one of the CPU plays that part."""
-    module = __import__("sys").modules["renorm.diagnose.watch"]
+    module = sys.modules["renorm.diagnose.watch"]  # the name in the package is the function's
     monkeypatch.setattr(module, "_number", lambda loss: loss.detach().clone())
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -265,9 +266,8 @@ def test_losses_on_a_device_are_fetched_with_the_samples(monkeypatch):
 
 
 def test_large_parameters_are_copied_in_part(monkeypatch):
-    module = __import__("sys").modules["renorm.diagnose.watch"]
     whole = watched(net(), count=3).history.last
-    monkeypatch.setattr(module, "MAX_COPIED", 64)
+    monkeypatch.setattr(readings, "MAX_COPIED", 64)
     part = watched(net(), count=3).history.last
     assert part.partly == {"0.weight", "3.weight"}
     assert part.weights == whole.weights
@@ -1047,3 +1047,9 @@ def test_labels_outside_of_the_classes_are_no_labels():
     assert counts.labels == (1, 0, 0)
     assert counts.predicted == (1, 0, 0)
     assert counts.right == (1, 0, 0)
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    model = net()
+    w = watched(model, torch.optim.SGD(model.parameters(), torch.tensor(0.25), foreach=False), count=2)
+    assert set(w.history.last.rates.values()) == {0.25}

@@ -25,11 +25,11 @@ from renorm.diagnose.finding import Finding, Report, ordered
 from renorm.diagnose.fit import compared, fetched
 from renorm.diagnose.history import FIRST, Counts, History, Layer, Sample, Validation
 from renorm.diagnose.layers import Layers, is_compiled, unwrapped
+from renorm.diagnose.readings import entries_of, fetch, local_of, norms_of, rows_of, steps_over
 from renorm.errors import DiagnosisError, RuleError
 
 __all__ = ["Watch", "watch"]
 
-MAX_COPIED = 2**22  # entries of a parameter that are copied to see how it changes; rows of larger ones
 PATIENCE = 8  # steps of other optimizers for which the hooks wait for one that is to be sampled
 RECENT = 50  # training losses that a validation loss is compared with
 OnError = Literal["print", "raise", "silent"]
@@ -66,7 +66,7 @@ class _Track:
     @property
     def partly(self) -> list[str]:
         """The parameters of which only rows are copied."""
-        return [name for name, p in self.owned if _steps_over(_local(p)) > 1]
+        return [name for name, p in self.owned if steps_over(local_of(p)) > 1]
 
 
 class Watch:
@@ -143,7 +143,7 @@ class Watch:
         """Say what the loss on validation data is; `outputs` and `targets` as those of `step`, of all or of a part."""
         with self._safely():
             made = None if outputs is None or targets is None else compared(outputs, targets)
-            value, *rest = _fetch([torch.as_tensor(_number(loss)), *([made[1]] if made else [])])
+            value, *rest = fetch([torch.as_tensor(_number(loss)), *([made[1]] if made else [])])
             for track in self._settle():
                 track.unasked += self.every + 1
             with_losses = [track for track in self._tracks if track.history.losses]
@@ -229,18 +229,18 @@ class Watch:
         if len(track.history.sizes) < len(self._names) or any(p not in self._names for p in params):  # layers are new
             self._names = self._named()
         track.owned = [(self._names[p], p) for p in params if p in self._names and not nn.parameter.is_lazy(p)]
-        track.numbers = _keyed("weight", track.owned, _norms(_local(p) for _, p in track.owned))
+        track.numbers = _keyed("weight", track.owned, norms_of(local_of(p) for _, p in track.owned))
         if not _closure(args, kwargs):
             self._weigh_gradients(track)
-        rows = [_rows(p) for _, p in track.owned]
+        rows = [rows_of(p) for _, p in track.owned]
         if track.partly:
-            track.numbers |= _keyed("rows", track.owned, _norms(rows))
+            track.numbers |= _keyed("rows", track.owned, norms_of(rows))
         track.before = [row.clone(memory_format=torch.preserve_format) for row in rows]
 
     def _weigh_gradients(self, track: _Track) -> None:
         scale = getattr(track.optimizer, "grad_scale", None)  # a fused optimizer under a scaler divides by it itself
         learning = [(name, p.grad) for name, p in track.owned if p.grad is not None]
-        norms = _norms(_dense(_local(grad)) for _, grad in learning)
+        norms = norms_of(entries_of(local_of(grad)) for _, grad in learning)
         if isinstance(scale, Tensor):
             norms = [norm / scale for norm in norms]
         track.numbers |= _keyed("gradient", learning, norms)
@@ -253,8 +253,8 @@ class Watch:
             before, track.before = track.before, None
             if _closure(args, kwargs):  # the gradients came with it
                 self._weigh_gradients(track)
-            changes = torch._foreach_sub([_rows(p) for _, p in track.owned], before) if before else []
-            track.numbers |= _keyed("update", track.owned, _norms(changes))
+            changes = torch._foreach_sub([rows_of(p) for _, p in track.owned], before) if before else []
+            track.numbers |= _keyed("update", track.owned, norms_of(changes))
             short = [
                 (name, change) for (name, _), change in zip(track.owned, changes, strict=True) if change.itemsize == 2
             ]
@@ -266,14 +266,15 @@ class Watch:
             missed = getattr(track.optimizer, "found_inf", None)
             if isinstance(missed, Tensor):
                 track.numbers["skipped", ""] = missed
-            rates = {
-                self._names[p]: float(group["lr"])
+            # A rate may be a tensor on the device, which is not waited for here.
+            track.numbers |= {
+                ("rate", self._names[p]): rate.detach() if isinstance(rate, Tensor) else float(rate)
                 for group in track.optimizer.param_groups
+                if (rate := group.get("lr")) is not None
                 for p in group["params"]
-                if p in self._names and "lr" in group
+                if p in self._names
             }
             facts = {
-                "rates": rates,
                 "outputs": tuple(dict.fromkeys(seen.shapes)),
                 "modes": {label: unwrapped(model).training for label, model in self.models.items()},
                 "partly": frozenset(track.partly),
@@ -314,7 +315,7 @@ class Watch:
         def arrives(_: Tensor) -> None:
             grad = chosen.grad
             with torch.no_grad():
-                track.found.append(None if grad is None else _norms([_dense(_local(grad))])[0])
+                track.found.append(None if grad is None else norms_of([entries_of(local_of(grad))])[0])
 
         track.listener = chosen.register_hook(arrives)
 
@@ -342,7 +343,7 @@ class Watch:
                 tensors += [v for _, made in draft.layers.values() for v in made.values() if isinstance(v, Tensor)]
                 tensors += [draft.comparison[1]] if draft.comparison else []
             tensors += [value for _, value in track.losses if isinstance(value, Tensor)]
-        values = iter(_fetch(tensors))
+        values = iter(fetch(tensors))
         for track in self._tracks:
             history, draft, track.waiting = track.history, track.waiting, None
             if draft is not None:
@@ -373,7 +374,7 @@ class Watch:
     def _lose(self, history: History) -> None:
         """The loss is not finite any more: which parameters are not, and where does it come from?"""
         named = [(name, p) for p, name in self._named().items() if not nn.parameter.is_lazy(p)]
-        norms = _fetch(_norms(_local(p) for _, p in named))
+        norms = fetch(norms_of(local_of(p) for _, p in named))
         history.events["lost"] = [n for (n, _), (norm,) in zip(named, norms, strict=True) if not math.isfinite(norm)]
         if len(history.events["lost"]) < len(named) / 2:  # else they make everything behind them so
             self._locating = PATIENCE
@@ -384,7 +385,7 @@ class Watch:
         if not self._locating:
             return
         outputs = self._layers.take().outputs if outputs is None else outputs
-        values = zip(outputs, _fetch([most for _, most in outputs]), strict=True)
+        values = zip(outputs, fetch([most for _, most in outputs]), strict=True)
         first = next((name for (name, _), (most,) in values if not math.isfinite(most)), None)
         self._locating -= 1
         if first is not None:
@@ -502,6 +503,7 @@ def _sample(draft: _Draft, numbers: dict[Key, float], layers: dict[str, Layer], 
         weights,
         updates,
         layers,
+        of("rate"),
         inputs=(math.nan if any(map(math.isnan, inputs)) else max(inputs)) if inputs else None,
         moved=of("moved"),
         left=min(left) if left else None,
@@ -522,7 +524,8 @@ def _number(loss: Tensor | float) -> Tensor | float:
     """The loss as a number, or as a tensor of its own on a device that one would have to wait for."""
     if not isinstance(loss, Tensor):
         return float(loss)
-    mean = _local(loss.detach()).float().mean()
+    loss = local_of(loss.detach())
+    mean = loss if loss.dim() == 0 else loss.float().mean()
     return float(mean) if mean.device.type == "cpu" else mean.clone()
 
 
@@ -550,65 +553,8 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _local(x: Tensor) -> Tensor:
-    """The part of a distributed tensor that is here."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
-
-
-def _steps_over(p: Tensor) -> int:
-    """Of how many rows of a parameter one is copied."""
-    step = -(-p.numel() // MAX_COPIED)
-    return step if p.dim() and len(p) >= step else 1
-
-
-def _rows(p: Tensor) -> Tensor:
-    """All of a parameter, or rows of a large one."""
-    p = _local(p.detach())
-    step = _steps_over(p)
-    return p[::step] if step > 1 else p
-
-
 def _keyed(what: str, owned: list[tuple[str, Tensor]], norms: list[Tensor]) -> dict[Key, Tensor | float]:
     return {(what, name): norm for (name, _), norm in zip(owned, norms, strict=True)}
-
-
-def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Their L2 norms, in float32 at least."""
-    plain = [torch.view_as_real(t.detach()) if t.is_complex() else t.detach() for t in tensors]
-    norms: list[Tensor] = [torch.tensor(0.0)] * len(plain)
-    for places in _grouped(plain):
-        dtype = torch.promote_types(plain[places[0]].dtype, torch.float32)
-        for i, norm in zip(places, torch._foreach_norm([plain[i] for i in places], 2, dtype=dtype), strict=True):
-            norms[i] = norm
-    return norms
-
-
-def _grouped(tensors: list[Tensor]) -> Iterable[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-    return groups.values()
-
-
-def _fetch(tensors: list[Tensor]) -> list[list[float]]:
-    """Their values, with one wait for each device."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    parts: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
-    for places in _grouped(flat):
-        device = flat[places[0]].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        parts.setdefault(device, []).append((places, torch.cat([flat[i] for i in places]).to(wide)))
-    values: list[list[float]] = [[]] * len(tensors)
-    for groups in parts.values():
-        fetched_values = iter(torch.cat([whole for _, whole in groups]).tolist())
-        for places, _ in groups:
-            for i in places:
-                values[i] = [next(fetched_values) for _ in range(flat[i].numel())]
-    return values
 
 
 def _distributed() -> bool:
