@@ -110,8 +110,7 @@ def summary(model: nn.Module, batch: Any) -> Summary:
         batch: what :func:`renorm.check` takes: inputs alone, (x, y) as a loader gives it, (x1, x2, ..., y),
             ((x1, x2), y), or a dict of the model's arguments.
 
-    Raises:
-        Whatever the model raises on this batch.
+    Raises whatever the model raises on this batch.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(1024, 10))
     >>> print(summary(net, torch.zeros(2, 3, 4, 4)))

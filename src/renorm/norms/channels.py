@@ -27,7 +27,8 @@ class LayerNorm2d(Norm, nn.LayerNorm):
         eps: ConvNeXt's 1e-6, not torch's 1e-5.
         affine: False leaves weight and bias out.
         bias: False leaves the bias out.
-        activation, backend: as `Norm`.
+        activation: as `Norm`.
+        backend: as `Norm`.
 
     Shapes: (N, C, ...) of any rank from 2 on, in and out; weight and bias (C,), so that the state of an nn.LayerNorm
     and of torchvision's and timm's LayerNorm2d loads. Mask and errors as `Norm`. Ba et al. 2016, arXiv:1607.06450;
@@ -72,7 +73,8 @@ class PositionalNorm(Norm):
 
     Args:
         eps: added to the variance.
-        activation, backend: as `Norm`; the activation is not part of `split`.
+        activation: as `Norm`; not part of `split`.
+        backend: as `Norm`.
 
     Shapes: (N, C, ...) in and out; mean and std (N, 1, ...). Mask and errors as `Norm`. Li et al. 2019,
     arXiv:1907.04312.
@@ -116,7 +118,8 @@ class ScaleNorm(Norm):
     Args:
         num_features: channels C; g is sqrt(C) at first, where this is an RMS norm.
         eps: the least length that is divided by.
-        activation, backend: as `Norm`.
+        activation: as `Norm`.
+        backend: as `Norm`.
 
     Shapes: (..., C) in and out, g a single number. With a mask the length is that of the real entries. Mask and errors
     as `Norm`. Nguyen & Salazar 2019, arXiv:1910.05895.

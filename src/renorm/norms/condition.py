@@ -109,7 +109,10 @@ class ConditionalNorm(nn.Module):
         norm: where the statistics come from: ``"batch"``, ``"instance"``, ``"layer"``, ``"group(8)"``, a pattern (see
             `renorm.norms.named`), made without weight and bias; or any layer of renorm. Layer norm with channels second
             is over all entries of a sample.
-        num_features, num_conditions, embedding, axis: as `FiLM`, which see for shapes and errors, too.
+        num_features: as `FiLM`, which see for shapes and errors, too.
+        num_conditions: as `FiLM`.
+        embedding: as `FiLM`.
+        axis: as `FiLM`.
         eps: of a norm by name, None for its default.
         process_group: of a norm by name: see `Norm`.
 

@@ -70,7 +70,8 @@ class EvoNormB0(_EvoNorm):
         eps: added to the variances.
         momentum: weight of the new batch in the running variance; None averages all batches.
         activate: False leaves weight and bias only, which is what the authors put where a block has no activation.
-        process_group, backend: as `Norm`.
+        process_group: as `Norm`.
+        backend: as `Norm`.
 
     Shapes: (N, C, ...) in and out, (N, C) alone too; v, weight and bias (C,). Mask and errors as `Norm`. Liu et al.
     2020, arXiv:2004.02967.

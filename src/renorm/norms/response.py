@@ -29,7 +29,8 @@ class FRN(Norm):
         affine: False leaves weight and bias out.
         learn_eps: True learns an eps for each channel, `learnt_eps`, starting from `eps`. For maps of one position,
             vectors too: there a small constant makes the norm a sign function, and the paper learns it from 1e-4 on.
-        activation, backend: as `Norm`.
+        activation: as `Norm`.
+        backend: as `Norm`.
 
     Shapes: (N, C, ...) in and out, (N, C) alone too; weight, bias and learnt_eps (C,). Mask and errors as `Norm`.
 

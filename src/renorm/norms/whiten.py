@@ -219,6 +219,7 @@ class BatchWhitening(_Whitening):
         axis: the dimension of the channels, 1 or -1.
         recover: as `Norm`; ``"linear"`` is the coloring of whitening and coloring.
         process_group: as `Norm`.
+        method: which W, as above.
 
     Shapes: input and output (N, C, ...) or (N, ..., C), weight and bias (C,), running_mean (C,), running_cov
     (groups, c, c), divided by n - 1 as torch's running_var is; W of evaluation comes from it. A mask is the same for
@@ -239,10 +240,37 @@ class BatchWhitening(_Whitening):
     True
     """
 
-    def __init__(self, num_features: int, *args: Any, method: str = "zca", **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int = 1,
+        axis: int = 1,
+        recover: str | nn.Module = "affine",
+        process_group: ProcessGroup | None = None,
+        method: str = "zca",
+    ) -> None:
         if method not in _METHODS:
             raise UnknownNormError(f"method is one of {', '.join(_METHODS)}; got {method!r}")
-        super().__init__(num_features, *args, **options)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            groups=groups,
+            axis=axis,
+            recover=recover,
+            process_group=process_group,
+        )
         self.method = method
 
     def solve(self, cov: Tensor) -> Tensor:  # type: ignore[override]
@@ -261,8 +289,21 @@ class IterNorm(_Whitening):
 
     with S = cov + eps I, its trace t, and T `iterations`. Large eigenvalues come to 1 first, small ones the later the
     smaller they are of t: few steps are a whitening that spares directions without much variance. Many give that of
-    ``BatchWhitening(method="zca")``. Other arguments, shapes, masks and errors are those of `BatchWhitening`. Raises
-    ShapeError for a negative number of iterations. Huang et al. 2019, arXiv:1904.03441.
+    ``BatchWhitening(method="zca")``. Other arguments, shapes, masks and errors are those of `BatchWhitening`.
+
+    Args:
+        num_features: channels C.
+        eps: as `BatchWhitening`.
+        momentum: as `BatchWhitening`.
+        affine: as `BatchWhitening`.
+        track_running_stats: as `BatchWhitening`.
+        groups: as `BatchWhitening`.
+        axis: as `BatchWhitening`.
+        recover: as `BatchWhitening`.
+        process_group: as `BatchWhitening`.
+        iterations: T, the steps.
+
+    Raises ShapeError for a negative number of iterations. Huang et al. 2019, arXiv:1904.03441.
 
     >>> x = torch.randn(64, 4) @ torch.diag(torch.tensor([1.0, 2.0, 2.0, 1.0]))
     >>> y, z = IterNorm(4, iterations=12)(x), BatchWhitening(4)(x)
@@ -270,10 +311,37 @@ class IterNorm(_Whitening):
     True
     """
 
-    def __init__(self, num_features: int, *args: Any, iterations: int = 5, **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int = 1,
+        axis: int = 1,
+        recover: str | nn.Module = "affine",
+        process_group: ProcessGroup | None = None,
+        iterations: int = 5,
+    ) -> None:
         if iterations < 0:
             raise ShapeError(f"the number of iterations is 0 or more; got {iterations}")
-        super().__init__(num_features, *args, **options)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            groups=groups,
+            axis=axis,
+            recover=recover,
+            process_group=process_group,
+        )
         self.iterations = iterations
 
     def solve(self, cov: Tensor) -> Tensor:  # type: ignore[override]
