@@ -235,6 +235,40 @@ def explain(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@main.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study's name, or: list.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The small form, of at most some minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder that holds the studies' folders.")] = Path("renorm-runs"),
+    jobs: Annotated[int | None, typer.Option(help="Measurements at once.  [default: one for each core]")] = None,
+) -> None:
+    """Run a published finding again, and say whether it comes out.
+
+    Ctrl-C keeps what has been measured; the same command goes on from there.
+    """
+    with _told():
+        from rich.progress import Progress
+
+        from renorm.studies import catalogue
+        from renorm.studies.page import summary, write
+        from renorm.studies.run import run
+
+        console = Console()
+        if name == "list":
+            width = max(map(len, catalogue.NAMES))
+            for each in catalogue.NAMES:
+                console.print(f"{each:<{width}}  {catalogue.get(each).question}", markup=False, highlight=False)
+            return
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(name)
+            results, folder = run(
+                name, quick=quick, out=out, jobs=jobs,
+                on_row=lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
+        console.print(summary(results), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"page: {write(results, folder)}", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Turn the errors that a user can cause into one red message and an exit code."""

@@ -1,0 +1,1 @@
+"""Published findings, run again: one file for each."""
