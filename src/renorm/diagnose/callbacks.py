@@ -60,7 +60,8 @@ class _Watcher:
             self.watch.close(quiet=quiet)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options, "watch": None}  # hooks and findings belong to the process that trains
+        # Hooks, findings and writers belong to the process that trains.
+        return {"options": {k: v for k, v in self.options.items() if k != "writer"}, "watch": None}
 
 
 def lightning(**options: Any) -> Any:

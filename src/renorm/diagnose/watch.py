@@ -26,6 +26,8 @@ from renorm.diagnose.fit import compared, fetched
 from renorm.diagnose.history import FIRST, Counts, History, Layer, Sample, Validation
 from renorm.diagnose.layers import Layers, is_compiled, unwrapped
 from renorm.diagnose.readings import entries_of, fetch, local_of, norms_of, rows_of, steps_over
+from renorm.diagnose.writer import Writer, counts
+from renorm.diagnose.writer import readings as written
 from renorm.errors import DiagnosisError, RuleError
 
 __all__ = ["Watch", "watch"]
@@ -82,6 +84,7 @@ class Watch:
         on_error: OnError,
         ignore: Collection[str],
         log: str | Path | None,
+        writer: Any = None,
     ) -> None:
         self.every, self.dense, self.on_error = every, dense, on_error
         self.models = models
@@ -100,6 +103,7 @@ class Watch:
         self._found: dict[tuple[str, str, str], Finding] = {}  # by rule, module or other key, and optimizer
         self._suspected: dict[tuple[str, str, str], int] = {}  # warnings seen once, and in which look
         self._log = None if log is None else Path(log)
+        self._writer = None if writer is None else Writer(writer)
         self._names: dict[Tensor, str] = {}
         self._handles: list[Any] = []
         self._layers = Layers(models, self._fail)
@@ -152,6 +156,7 @@ class Watch:
             recent = history.latest(RECENT) if len(with_losses) == 1 else []
             training = math.fsum(recent) / len(recent) if recent else math.nan
             history.validations.append(Validation(history.step, value[0], training))
+            self._write({"renorm/validation loss": value[0]}, history.step)
             if made is not None:
                 _keep(history, made[0], rest[0], history.step, validation=True)
             track.unasked += 1  # the rules are asked with the next sample, which they confirm it by
@@ -367,6 +372,8 @@ class Watch:
             track.losses.clear()
             if draft is not None:
                 history.samples.append(_sample(draft, numbers, layers, history))
+                if self._writer is not None:
+                    self._write(written(history.samples[-1], track.label), draft.step)
                 if history.first is None and history.samples[-1].gradients:
                     history.first = history.samples[-1]
         return news
@@ -407,6 +414,8 @@ class Watch:
                 new += self._ask(track)
         for finding in new:
             self._tell(finding)
+        if news or new:
+            self._write(counts(self._found.values()), max(track.history.step for track in self._tracks))
         errors = [finding for finding in new if finding.severity == "error"]
         if self.on_error == "raise" and errors and not quiet:
             raise DiagnosisError(str(errors[0]), self.report)
@@ -455,6 +464,20 @@ class Watch:
         if self._log is not None:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finding.to_dict()) + "\n")
+        self._write(finding, finding.step or 0)
+
+    def _write(self, what: Mapping[str, float] | Finding, step: int) -> None:
+        """Give numbers or a finding to the user's writer, whose failures are its own."""
+        if self._writer is None or not _speaks():
+            return
+        try:
+            if isinstance(what, Finding):
+                self._writer.finding(what, step)
+            else:
+                self._writer.numbers(what, step)
+        except Exception as error:
+            self._writer = None
+            self._fail("the writer", error)
 
     def _fail(self, what: str, error: Exception) -> None:
         """Something of ours failed: it is off from now on, and named once."""
@@ -592,6 +615,7 @@ def watch(
     on_error: OnError = "print",
     ignore: Collection[str] = (),
     log: str | Path | None = None,
+    writer: Any = None,
 ) -> Watch:
     """Watch a training loop: a context manager around it.
 
@@ -613,12 +637,14 @@ def watch(
             error; ``"silent"`` leaves all to ``w.report``.
         ignore: ids or slugs of rules to leave out.
         log: a file to which findings are appended, a JSON object a line.
+        writer: what findings and the numbers of sampled steps are written to: TensorBoard's ``SummaryWriter``, the
+            module ``mlflow``, or anything with their ``add_scalar`` or ``log_metrics``. It stays open.
 
     ``w.step(loss)`` and ``w.validate(loss)`` may be left out, and with them the rules about losses; with
     ``w.step(loss, outputs, targets)`` predictions are looked at, too. The results of the training are the same, bit for
     bit, with and without. Of several processes only the first prints; ``w.gather()`` has the findings of all.
 
-    Raises RuleError for settings that cannot be and for an unknown rule in `ignore`.
+    Raises RuleError for settings that cannot be, an unknown rule in `ignore`, and a `writer` that cannot write.
     """
     several = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     optimizers = tuple(map(_inner, several))
@@ -632,4 +658,4 @@ def watch(
     unknown = set(ignore) - {name for rule in RULES.values() for name in (rule.id, rule.slug)}
     if unknown:
         raise RuleError(f"there is no rule {', '.join(sorted(unknown))}: see renorm.diagnose.RULES")
-    return Watch(_labelled(model), optimizers, loader, every, dense, on_error, ignore, log)
+    return Watch(_labelled(model), optimizers, loader, every, dense, on_error, ignore, log, writer)
