@@ -249,7 +249,7 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(small: Splits, monkeypa
     assert run_trial(spec_of(small), small).test == pytest.approx(whole.test, rel=1e-6)
 
 
-def test_the_test_part_is_read_once_and_only_if_asked(small: Splits) -> None:
+def test_the_test_part_is_read_at_the_end_and_only_if_asked(small: Splits) -> None:
     reads: list[str] = []
 
     class Counted(Splits):
@@ -264,7 +264,7 @@ def test_the_test_part_is_read_once_and_only_if_asked(small: Splits) -> None:
     assert reads == []
     assert tuning.test == {}
     result = run_trial(spec_of(small), counted)
-    assert reads == ["x_test"]
+    assert reads == ["x_test", "x_test"]  # for the scores and for the worst cases
     assert result.valid == tuning.valid
 
 

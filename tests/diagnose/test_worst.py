@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from renorm.diagnose.worst import SURE, Case, Neighbor, WorstCases, _png, worst_cases
+from renorm.diagnose.worst import SURE, Case, Neighbor, WorstCases, png, worst_cases
 from renorm.errors import RuleError
 
 CE = nn.CrossEntropyLoss(reduction="none")
@@ -237,12 +237,12 @@ def test_html_escapes_names_and_shows_images():
     assert "<a>" not in shown
     for channels, mode in ((3, "RGB"), (1, "L")):
         picture = torch.rand(channels, 9, 7)
-        read = image.open(io.BytesIO(_png(picture)))
+        read = image.open(io.BytesIO(png(picture)))
         assert (read.size, read.mode) == ((7, 9), mode)
         stretched = (picture - picture.min()) / (picture.max() - picture.min())
         pixels = torch.tensor(np.array(read)).reshape(9, 7, channels).permute(2, 0, 1) / 255
         assert (pixels - stretched).abs().max() <= 0.5 / 255 + 1e-6
-    assert _png(torch.full((1, 4, 4), math.nan)).startswith(b"\x89PNG")
+    assert png(torch.full((1, 4, 4), math.nan)).startswith(b"\x89PNG")
 
 
 def test_mistakes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from renorm.comparison import report
 from renorm.comparison.analysis import Analysis, analyse
 from renorm.comparison.cells import Cell, Row
+from renorm.comparison.criteria import NAMES, criteria_means
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.comparison.store import Store
 from renorm.errors import StudyError
@@ -76,11 +78,19 @@ class Comparison:
         """One row for each norm and setting.
 
         The score's columns are ``mean``, ``low`` and ``high`` (95% t-interval over seeds) and ``num_seeds``;
-        its name and unit stand in ``frame.attrs["score"]``.
+        its name and unit stand in ``frame.attrs["score"]``. ``log_likelihood``, ``aic``, ``aicc`` and ``bic`` are
+        means over the seeds, of the fit to the training part; see
+        :mod:`renorm.measures.criteria` for what they are worth.
         """
         import pandas as pd
 
-        frame = pd.DataFrame([_columns(row) for row in self.analysis.rows])
+        frame = pd.DataFrame(
+            [
+                _columns(row) | {name: means.get(name, math.nan) for name in NAMES}
+                for row in self.analysis.rows
+                for means in [criteria_means(row, self.results)]
+            ]
+        )
         frame.attrs["score"] = f"{self.analysis.score.title} ({self.analysis.score.key})"
         return frame
 
@@ -102,7 +112,10 @@ class Comparison:
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report, one HTML file without outside parts; by default into the study's folder."""
-        return Path(report.write(self.record, self.results, Path(path or self.folder / "report.html")))
+        splits = None
+        if len(self.record.data.get("shape", ())) == 3 and any(trial.worst for trial in self.results):
+            splits = Store(self.folder).read_data(str(self.record.data.get("fingerprint")))
+        return Path(report.write(self.record, self.results, path or self.folder / "report.html", splits))
 
     def __repr__(self) -> str:
         return f"<Comparison {self.record.name!r}, {len(self.results)} trials: {self.sentence}>"

@@ -19,14 +19,17 @@ from plotly.offline import get_plotlyjs
 from renorm.comparison.analysis import analyse
 from renorm.comparison.atomic import writing
 from renorm.comparison.charts import Chart, cost_charts, curve_charts, norms_shown, score_charts
+from renorm.comparison.data import Splits
 from renorm.comparison.sections import Page, body
 from renorm.comparison.spec import StudyRecord, TrialResult
 
 __all__ = ["html", "write"]
 
 
-def write(record: StudyRecord, results: Sequence[TrialResult], path: str | Path) -> Path:
+def write(record: StudyRecord, results: Sequence[TrialResult], path: str | Path, splits: Splits | None = None) -> Path:
     """Write the report of a study to `path` and return it; the file is whole or absent, never half written.
+
+    With the study's data as `splits` it shows pictures of samples that are images.
 
     Raises:
         OSError: the file cannot be written; a report that was there before is kept.
@@ -34,13 +37,13 @@ def write(record: StudyRecord, results: Sequence[TrialResult], path: str | Path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name read from a broken file name can hold what UTF-8 cannot: it becomes a question mark.
-    content = html(record, results).encode("utf-8", errors="replace")
+    content = html(record, results, splits).encode("utf-8", errors="replace")
     with writing(target) as file:
         file.write(content)
     return target
 
 
-def html(record: StudyRecord, results: Sequence[TrialResult]) -> str:
+def html(record: StudyRecord, results: Sequence[TrialResult], splits: Splits | None = None) -> str:
     """The report as text; the same study gives the same text."""
     analysis = analyse(record, results)
     page = Page(
@@ -51,6 +54,7 @@ def html(record: StudyRecord, results: Sequence[TrialResult]) -> str:
         scores=tuple(score_charts(analysis)),
         curves=tuple(curve_charts(analysis, results)),
         costs=tuple(cost_charts(analysis, results)),
+        splits=splits,
     )
     style, script, plotly = _part("report.css"), _part("report.js"), _plotly()
     return Template(_part("report.html")).substitute(

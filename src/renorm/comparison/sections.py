@@ -6,15 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from renorm.comparison.analysis import Analysis, Change, Contrast
 from renorm.comparison.areas import Area, areas_of
 from renorm.comparison.cells import Cell, Row, ending
 from renorm.comparison.charts import Chart, Table
+from renorm.comparison.criteria import CAVEAT, criteria_means
 from renorm.comparison.elements import facts, figure, scrolling, swatch, table
+from renorm.comparison.hard import cases_table, hard_cases
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.comparison.verdict import norm_title, setting_title, varying_fields
+
+if TYPE_CHECKING:
+    from renorm.comparison.data import Splits
 
 __all__ = ["Page", "body"]
 
@@ -30,6 +35,7 @@ class Page:
     scores: tuple[Chart, ...]  # score against batch size
     curves: tuple[Chart, ...]  # losses by step
     costs: tuple[Chart, ...]  # time and memory against batch size
+    splits: Splits | None = None  # the data, for pictures of samples; None where its file is not there
 
 
 @dataclass(frozen=True)
@@ -310,6 +316,56 @@ def _p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+# Single samples, and the fit
+
+
+def _cases(page: Page) -> str:
+    trials = [trial for trial in page.results if trial.worst]
+    cases = hard_cases(page.analysis, trials)
+    if not cases:
+        return ""
+    most = max(len(trial.worst) for trial in trials)
+    return (
+        f"<p>Every trial that finished kept the {most} samples with its highest losses; these are in the most lists, "
+        "whatever the norm. A sample that all models get wrong, surely, is often one whose label is wrong, or unlike all "
+        "that training has. Nearest is what is closest in the last hidden layer, to a model with the norm that is best "
+        "in the most settings. A sample’s number is its row in <code>data.npz</code>.</p>"
+        + cases_table(cases, page.record, len(trials), most, page.splits)
+    )
+
+
+def _criteria(page: Page) -> str:
+    varying = varying_fields(page.analysis.cells)
+    found = [
+        (cell, row, means)
+        for cell in page.analysis.cells
+        for row in cell.rows
+        if (means := criteria_means(row, page.results))
+    ]
+    if not found:
+        return ""
+    content = Table(
+        caption="Mean over the seeds that finished; n training samples, ln L in nats; lower is better",
+        head=("Norm", "Setting", "k", "n", "−2 ln L", "AIC", "AICc", "BIC"),
+        rows=tuple(
+            (
+                norm_title(row.norm),
+                setting_title(cell, varying).capitalize(),
+                f"{means['k']:,.0f}",
+                f"{means['n']:,.0f}",
+                _thousands(-2 * means["log_likelihood"]),
+                *(_thousands(means[name]) for name in ("aic", "aicc", "bic")),
+            )
+            for cell, row, means in found
+        ),
+    )
+    return f"<p>{CAVEAT}</p><details><summary>The numbers</summary>{table(content)}</details>"
+
+
+def _thousands(value: float) -> str:
+    return f"{value:,.1f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
 # What did not finish, and the study itself
 
 
@@ -362,6 +418,8 @@ _SECTIONS = (
     Section("cost", "Time and memory", "Time and memory", _costs),
     Section("areas", "Areas", "What each norm averages over", _areas),
     Section("differences", "Differences", "The differences, and how sure they are", _differences),
+    Section("cases", "Worst cases", "The samples that most models get wrong", _cases),
+    Section("criteria", "Criteria", "Information criteria", _criteria),
     Section("unfinished", "Not finished", "Trials that did not finish", _unfinished),
     Section("study", "The study", "The study", _study),
 )

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
+__all__ = ["CaseRecord", "EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
 
 Status = Literal["ok", "diverged", "refused", "failed"]
 
@@ -47,6 +47,18 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
+class CaseRecord:
+    """One of the samples that a trial's model was worst at."""
+
+    index: int  # row of the test part, or of the validation part where there is no test part
+    loss: float
+    prediction: float  # a class index, or a number in the target's units
+    confidence: float | None  # the probability of the predicted class; None in a regression
+    target: float  # as prediction
+    neighbors: tuple[tuple[int, float], ...] = ()  # nearest in the last hidden layer: row of the training part, target
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """What one trial gave; it is one JSON file in the store."""
 
@@ -60,6 +72,8 @@ class TrialResult:
     num_steps: int = 0
     seconds_per_step: float = math.nan  # median over the steps: data, forward, backward, update
     peak_memory_mb: float = math.nan  # peak resident memory above that before the trial's model was built
+    criteria: dict[str, float] = field(default_factory=dict)  # log_likelihood, k, n, aic, aicc, bic: closer.py
+    worst: tuple[CaseRecord, ...] = ()  # the highest losses first
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values; nan and inf are written as strings."""
@@ -72,6 +86,10 @@ class TrialResult:
         values = _decode(raw)
         values["spec"] = TrialSpec(**values["spec"])
         values["curve"] = tuple(EpochRecord(**point) for point in values["curve"])
+        values["worst"] = tuple(
+            CaseRecord(**{**case, "neighbors": tuple(map(tuple, case["neighbors"]))})
+            for case in values.get("worst", ())
+        )
         return cls(**values)
 
 

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from renorm.comparison.atomic import writing
 from renorm.comparison.spec import StudyRecord, TrialResult
-from renorm.errors import StudyError
+from renorm.errors import DataError, StudyError
 
 if TYPE_CHECKING:
     from renorm.comparison.data import Splits
@@ -72,6 +72,16 @@ class Store:
     def write_data(self, splits: Splits) -> None:
         """Keep the prepared data for the processes that run trials."""
         splits.save(self.data)
+
+    def read_data(self, fingerprint: str) -> Splits | None:
+        """The prepared data; None where the file is absent, damaged, or holds other data than `fingerprint` says."""
+        from renorm.comparison.data import Splits
+
+        try:
+            splits = Splits.load(self.data)
+        except (FileNotFoundError, DataError):
+            return None
+        return splits if splits.fingerprint == fingerprint else None
 
     def write(self, result: TrialResult) -> None:
         """Keep a trial's result."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.choices import models, optimizers
+from renorm.comparison.closer import criteria_of, worst_of
 from renorm.comparison.data import Splits
 from renorm.comparison.memory import PeakMemory
 from renorm.comparison.spec import EpochRecord, TrialResult, TrialSpec
@@ -49,7 +50,7 @@ def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> Tr
     generators, seeded with `spec.seed`; the order of the samples is :func:`sample_order`. An epoch is as
     many full batches as the training part has; the incomplete one at its end is dropped. The loss is the
     cross-entropy, or the mean squared error of the standardized target; the learning rate is constant. The
-    test part is read once, after training, and only if `spec.test`.
+    test part is read after training, and only if `spec.test`.
 
     A result that is not "ok" says why in `reason`: "refused" if a norm would compute a statistic from a single value,
     "diverged" at the first loss that is not finite (the curve up to there is kept), "failed" if the model raised an
@@ -73,19 +74,23 @@ def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> Tr
             run.rehearse(build(spec, splits))
             _seed(spec.seed)
             memory.start()
-            run.train(build(spec, splits))
+            model = build(spec, splits)
+            run.train(model)
+            run.result = replace(run.result, peak_memory_mb=memory.peak_mb())
+            run.look_closer(model)
         except _Stop as stop:
             run.result = replace(run.result, status=stop.status, reason=stop.reason)
         # a user's model may raise anything, and one trial must not end the study
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             run.result = replace(run.result, status="failed", reason=reason)
+    if math.isnan(run.result.peak_memory_mb):  # it ended before training did
+        run.result = replace(run.result, peak_memory_mb=memory.peak_mb())
     return replace(
         run.result,
         curve=tuple(run.curve),
         num_steps=len(run.step_seconds),
         seconds_per_step=_typical(run.step_seconds),
-        peak_memory_mb=memory.peak_mb(),
     )
 
 
@@ -168,6 +173,12 @@ class _Run:
         if spec.test and len(splits.y_test):
             test = self._score(model.eval(), splits.x_test, splits.y_test)
         self.result = replace(self.result, status="ok", valid=valid, test=test)
+
+    def look_closer(self, model: nn.Module) -> None:
+        """Keep worst cases and information criteria of the trained model, but for a rate that is being tuned."""
+        if self.spec.test or not len(self.splits.y_test):
+            criteria, worst = criteria_of(model.eval(), self.splits), worst_of(model, self.splits)
+            self.result = replace(self.result, criteria=criteria, worst=worst)
 
     def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
         """One pass over the training part; returns the mean loss."""

@@ -456,12 +456,12 @@ def _short(value: Any) -> str:
 def _shown(input: Any) -> str:
     """A picture of an image, text of anything else."""
     if isinstance(input, Tensor) and input.dim() == 3 and input.shape[0] in (1, 3) and min(input.shape[1:]) > 3:
-        return f'<img style="{_PICTURE}" src="data:image/png;base64,{base64.b64encode(_png(input)).decode()}" alt="">'
+        return f'<img style="{_PICTURE}" src="data:image/png;base64,{base64.b64encode(png(input)).decode()}" alt="">'
     parts = input if isinstance(input, list) else [input]
     return "<br>".join(html.escape(_short(part)) for part in parts)
 
 
-def _png(image: Tensor) -> bytes:
+def png(image: Tensor) -> bytes:
     """A PNG file of (C, H, W), C 1 or 3, its values stretched to the range from black to white."""
     image = image.float().nan_to_num(0.0, 0.0, 0.0)
     low, high = image.aminmax()

@@ -1,0 +1,34 @@
+"""Information criteria of a comparison's norms: means over the seeds that finished."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+from renorm.comparison.cells import Row
+from renorm.comparison.spec import TrialResult
+
+__all__ = ["CAVEAT", "NAMES", "criteria_means"]
+
+NAMES = ("log_likelihood", "aic", "aicc", "bic")
+CAVEAT = (
+    "AIC, AICc and BIC weigh the fit to the training part against the number k of parameters. They are derived for "
+    "models of few parameters at the maximum of their likelihood, with far more samples n than parameters. A deep "
+    "network is none: k and n are not what they were, training stops before the maximum, and where k is near n or above, "
+    "the penalty exceeds any gain (AICc is not defined there). Between networks that differ little in k they order by "
+    "training loss. Go by the scores on held-out data."
+)
+
+
+def criteria_means(row: Row, results: Iterable[TrialResult]) -> Mapping[str, float]:
+    """The mean of each criterion over the seeds of `row` that have it; empty where none has."""
+    setting = row.setting
+    place = (row.norm, row.base_lr, setting.batch_size, setting.optimizer, setting.activation)
+    found = [
+        trial.criteria
+        for trial in results
+        if trial.criteria
+        and (trial.spec.norm, trial.spec.base_lr, trial.spec.batch_size, trial.spec.optimizer, trial.spec.activation)
+        == place
+    ]
+    return {name: statistics.fmean(one[name] for one in found) for name in ("k", "n", *NAMES)} if found else {}
