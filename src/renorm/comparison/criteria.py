@@ -14,9 +14,9 @@ NAMES = ("log_likelihood", "aic", "aicc", "bic")
 CAVEAT = (
     "AIC, AICc and BIC weigh the fit to the training part against the number k of parameters. They are derived for "
     "models of few parameters at the maximum of their likelihood, with far more samples n than parameters. A deep "
-    "network is none: k and n are not what they were, training stops before the maximum, and where k is near n or above, "
-    "the penalty exceeds any gain (AICc is not defined there). Between networks that differ little in k they order by "
-    "training loss. Go by the scores on held-out data."
+    "network is none: k and n are not what they were, training stops before the maximum, and where k is near n or "
+    "above, the penalty exceeds any gain (AICc is not defined there). Between networks of nearly the same k they "
+    "order by training loss. Go by the scores on held-out data."
 )
 
 

@@ -15,6 +15,7 @@ from renorm.comparison.charts import Chart, Table
 from renorm.comparison.criteria import CAVEAT, criteria_means
 from renorm.comparison.elements import facts, figure, scrolling, swatch, table
 from renorm.comparison.hard import cases_table, hard_cases
+from renorm.comparison.paths import STEPS, path_pictures
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.comparison.verdict import norm_title, setting_title, varying_fields
 
@@ -238,6 +239,18 @@ def _model_name(page: Page) -> str:
     return str(page.record.settings.get("model", ""))
 
 
+def _paths(page: Page) -> str:
+    pictures = path_pictures(trial.spec.optimizer for trial in page.results)
+    if not pictures:
+        return ""
+    figures = "".join(f"<figure>{picture}</figure>" for picture in pictures)
+    return (
+        f"<p>The study’s optimizers on two functions of two numbers: {STEPS} steps with the exact gradient, at the one of "
+        "seven learning rates (0.001 to 1) at which the path ends lowest. They show how the methods move, not how "
+        f'they train this model: its scores are above.</p><div class="paths">{figures}</div>'
+    )
+
+
 # The differences
 
 
@@ -326,10 +339,10 @@ def _cases(page: Page) -> str:
         return ""
     most = max(len(trial.worst) for trial in trials)
     return (
-        f"<p>Every trial that finished kept the {most} samples with its highest losses; these are in the most lists, "
-        "whatever the norm. A sample that all models get wrong, surely, is often one whose label is wrong, or unlike all "
-        "that training has. Nearest is what is closest in the last hidden layer, to a model with the norm that is best "
-        "in the most settings. A sample’s number is its row in <code>data.npz</code>.</p>"
+        f"<p>Every trial that finished kept the {most} samples with its highest losses; these are in the most of these "
+        "lists, whatever the norm. A sample that all models get wrong, surely, is often one whose label is wrong, or "
+        "unlike all that training has. Nearest is what is closest in the last hidden layer of a model with the norm "
+        "that is best in the most settings. A sample’s number is its row in <code>data.npz</code>.</p>"
         + cases_table(cases, page.record, len(trials), most, page.splits)
     )
 
@@ -417,8 +430,9 @@ _SECTIONS = (
     Section("curves", "Learning curves", "Learning curves", _curves),
     Section("cost", "Time and memory", "Time and memory", _costs),
     Section("areas", "Areas", "What each norm averages over", _areas),
+    Section("paths", "Optimizers", "How the optimizers move", _paths),
     Section("differences", "Differences", "The differences, and how sure they are", _differences),
-    Section("cases", "Worst cases", "The samples that most models get wrong", _cases),
+    Section("cases", "Worst cases", "The samples that models are worst at", _cases),
     Section("criteria", "Criteria", "Information criteria", _criteria),
     Section("unfinished", "Not finished", "Trials that did not finish", _unfinished),
     Section("study", "The study", "The study", _study),

@@ -69,6 +69,8 @@ class Case:
                 f"all {count} nearest training examples have the class it was {sure}taken for: is the target right? "
                 "If so, training lacks examples like it"
             )
+        if all(target == self.target for target in near):
+            return f"all {count} nearest training examples have its class: only the last layer takes it for another"
         if self.target not in near:
             return f"none of the {count} nearest training examples has its class: there may be too few like it"
         return f"{near.count(self.target)} of the {count} nearest training examples have its class: between classes"
