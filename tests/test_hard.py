@@ -26,7 +26,6 @@ from renorm.comparison.data import Splits, from_parts
 from renorm.comparison.hard import hard_cases
 from renorm.comparison.spec import CaseRecord, TrialResult
 from renorm.comparison.trial import run_trial
-from renorm.errors import MeasureError
 
 
 def images(num: int = 30) -> Splits:
@@ -116,10 +115,6 @@ def test_criteria_of_a_regression() -> None:
 def test_no_criteria_of_outputs_that_are_not_finite() -> None:
     model = linear(2, 2)
     nn.init.constant_(model[1].weight, math.nan)  # type: ignore[index,arg-type]
-    with pytest.raises(MeasureError):
-        from renorm.measures.criteria import log_likelihood
-
-        log_likelihood(model(torch.zeros(1, 2)), torch.tensor([0]), noise="categorical")
     assert criteria_of(model, small.splits()) == {}
 
 
@@ -210,8 +205,7 @@ def test_pictures_from_the_store(tmp_path: Path) -> None:
     made = run_study(small.study(seeds=1), splits=splits, out=tmp_path, jobs=1, progress=False)
     assert not made.table()["aic"].isna().any()
     page = made.report().read_text(encoding="utf-8")
-    section = page[page.index('<section id="cases"') : page.index('<section id="criteria"')]
-    first = re.search(r'src="data:image/png;base64,([^"]+)" alt=""><small>(\d+)', section)
+    first = re.search(r'<img src="data:image/png;base64,([^"]+)" alt=""><small>(\d+)', page)
     assert first is not None
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first[1]))))
     expected = splits.x_test[int(first[2]), 0]
@@ -220,6 +214,6 @@ def test_pictures_from_the_store(tmp_path: Path) -> None:
 
     loaded = Comparison.load(made.folder)
     (made.folder / "data.npz").write_bytes(b"damaged")
-    assert "data:image/png" not in loaded.report().read_text(encoding="utf-8")
+    assert '<img src="data' not in loaded.report().read_text(encoding="utf-8")
     images(34).save(made.folder / "data.npz")
-    assert "data:image/png" not in loaded.report().read_text(encoding="utf-8")
+    assert '<img src="data' not in loaded.report().read_text(encoding="utf-8")

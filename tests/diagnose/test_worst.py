@@ -223,6 +223,7 @@ def test_hints():
     assert "the class it was taken for: is the target right?" in case(1, 2, 1, 1).hint
     assert "surely taken for" in case(1, 2, 1, 1, confidence=SURE).hint
     assert "none of the 3 nearest training examples has its class" in case(1, 2, 1, 3, 1).hint
+    assert case(1, 2, 2, 2).hint.startswith("all 2 nearest training examples have its class: only the last layer")
     assert case(1, 2, 1, 2, 1).hint == "1 of the 3 nearest training examples have its class: between classes"
 
 

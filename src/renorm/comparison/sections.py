@@ -245,8 +245,8 @@ def _paths(page: Page) -> str:
         return ""
     figures = "".join(f"<figure>{picture}</figure>" for picture in pictures)
     return (
-        f"<p>The study’s optimizers on two functions of two numbers: {STEPS} steps with the exact gradient, at the one of "
-        "seven learning rates (0.001 to 1) at which the path ends lowest. They show how the methods move, not how "
+        f"<p>The study’s optimizers on two functions of two numbers: {STEPS} steps with the exact gradient, at the one "
+        "of seven learning rates (0.001 to 1) at which the path ends lowest. They show how the methods move, not how "
         f'they train this model: its scores are above.</p><div class="paths">{figures}</div>'
     )
 
