@@ -170,6 +170,17 @@ def test_section_of_hostile_names() -> None:
     assert "all 2 nearest training examples have the class it was surely taken for" in page
 
 
+def test_section_of_a_regression() -> None:
+    study, results = study_of({("batch", 32): [54.0, 55.0]}, task="regression")
+    study = replace(study, data={**study.data, "classes": []})
+    found = (case(4, 2.0, 140, None, 262), case(4, 3.0, 150, None, 262))
+    results = [replace(trial, worst=(one,)) for trial, one in zip(results, found, strict=True)]
+    page = report.html(study, results)
+    assert "<td>262</td><td>145</td>" in page
+    assert "2 of 2<br>" in page
+    assert "Look at" not in page[page.index('<section id="cases"') :]
+
+
 def test_no_sections_without_cases() -> None:
     page = report.html(*study_of({("batch", 32): [0.1]}))
     assert 'id="cases"' not in page

@@ -42,7 +42,7 @@ def worst_of(model: nn.Module, splits: Splits) -> tuple[CaseRecord, ...]:
     try:
         found = worst_cases(model, loss, parts[0], MOST_CASES, parts[1], neighbors=MOST_NEIGHBORS, batch_size=BATCH)
         return tuple(map(record, found))
-    except (RuleError, TypeError):  # a model of the user's that cannot be traced, or a target that is no one number
+    except RuleError:  # a model of the user's that cannot be traced
         return ()
 
 

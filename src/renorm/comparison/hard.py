@@ -98,14 +98,14 @@ def cases_table(
         f'<tr><th scope="row"><div class="near">{picture(x, case.index)}<small>{case.index}</small></div></th>'
         f"<td>{_name(case.target, classes)}</td><td>{_predicted(case, classes)}</td>"
         f'<td class="number">{case.loss:.3g}</td><td>{case.num_trials} of {num_trials}<br>'
-        f"<small>{_norms(case)}</small></td><td>{near(case)}</td><td>{escape(_hint(case, bool(classes)))}</td></tr>"
+        f"<small>{_norms(case)}</small></td><td>{near(case)}</td>{_hint(case) if classes else ''}</tr>"
         for case in cases
     )
     head = "".join(
         f'<th scope="col"{style}>{title}</th>'
         for title, style in (
             (f"{part.capitalize()} sample", ""), ("Truth", ""), ("Predicted", ""), ("Loss", ' class="number"'),
-            (f"Among the {most_kept} worst of", ""), ("Nearest in training", ""), ("Look at", ""),
+            (f"Among the {most_kept} worst of", ""), ("Nearest in training", ""), *([("Look at", "")] if classes else []),
         )
     )  # fmt: skip
     caption = "Samples that the most trials are worst at, with the mean loss in these trials"
@@ -132,13 +132,12 @@ def _predicted(case: HardCase, classes: Sequence[str]) -> str:
     )
 
 
-def _hint(case: HardCase, classifies: bool) -> str:
+def _hint(case: HardCase) -> str:
     """What `renorm.worst_cases` would say of it."""
-    if not classifies:
-        return ""
     seen = case.nearest
     near = tuple(Neighbor(index, 0.0, int(target), None) for index, target in seen.neighbors)
-    return Case(seen.index, seen.loss, seen.confidence, None, int(seen.prediction), int(seen.target), None, near).hint
+    found = Case(seen.index, seen.loss, seen.confidence, None, int(seen.prediction), int(seen.target), None, near)
+    return f'<td class="hint">{escape(found.hint)}</td>'
 
 
 def _picture(values: Any) -> str:

@@ -176,7 +176,7 @@ class _Run:
 
     def look_closer(self, model: nn.Module) -> None:
         """Keep worst cases and information criteria of the trained model, but for a rate that is being tuned."""
-        if self.spec.test or not len(self.splits.y_test):
+        if isinstance(self.splits, Splits) and (self.spec.test or not len(self.splits.y_test)):
             criteria, worst = criteria_of(model.eval(), self.splits), worst_of(model, self.splits)
             self.result = replace(self.result, criteria=criteria, worst=worst)
 
