@@ -105,7 +105,8 @@ def cases_table(
         f'<th scope="col"{style}>{title}</th>'
         for title, style in (
             (f"{part.capitalize()} sample", ""), ("Truth", ""), ("Predicted", ""), ("Loss", ' class="number"'),
-            (f"Among the {most_kept} worst of", ""), ("Nearest in training", ""), *([("Look at", "")] if classes else []),
+            (f"Among the {most_kept} worst of", ""), ("Nearest in training", ""),
+            *([("Look at", "")] if classes else []),
         )
     )  # fmt: skip
     caption = "Samples that the most trials are worst at, with the mean loss in these trials"
