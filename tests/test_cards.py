@@ -133,7 +133,10 @@ def test_every_claim_has_a_source(name):
             assert claim.source
             assert claim.url.startswith("https://") or (ROOT / "docs" / claim.url.partition("#")[0]).exists()
         for paper in card.papers:
-            assert re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|papers\.nips\.cc/paper/\S+)", paper.url)
+            assert re.fullmatch(
+                r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|papers\.nips\.cc/paper/\S+|openreview\.net/forum\?id=\w+)",
+                paper.url,
+            )
             assert 1990 < paper.year < 2030
 
 

@@ -115,7 +115,7 @@ def test_public_names():
         *("BatchWhitening", "IterNorm"),
         *("AdaIN", "ConditionalNorm", "CrossNorm", "FiLM", "SPADE", "SelfNorm"),
         *("DyT", "EvoNormB0", "EvoNormS0", "FRN", "GlobalResponseNorm", "TLU"),
-        *("LayerNorm2d", "LocalResponseNorm", "PositionalNorm", "ScaleNorm"),
+        *("LayerNorm2d", "LocalResponseNorm", "PositionalNorm", "RevIN", "ScaleNorm"),
         *("LayerNormGRU", "LayerNormLSTM"),
         *("CosineConv1d", "CosineConv2d", "CosineConv3d", "CosineLinear"),
         *("initialize_weight_norm", "spectral_norm", "weight_norm", "weight_standardization"),

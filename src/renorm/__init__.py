@@ -18,6 +18,7 @@ from renorm.norms.norm import Norm
 from renorm.norms.pointwise import TLU, DyT
 from renorm.norms.recurrent import LayerNormGRU, LayerNormLSTM
 from renorm.norms.response import FRN, GlobalResponseNorm
+from renorm.norms.reversible import RevIN
 from renorm.norms.style import AdaIN, CrossNorm, SelfNorm
 from renorm.norms.weight import (
     initialize_weight_norm,
@@ -98,6 +99,7 @@ __all__ = [
     "PowerNorm",
     "RMSNorm",
     "Ramp",
+    "RevIN",
     "ScaleNorm",
     "SelfNorm",
     "SwitchNorm",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 try:
@@ -48,18 +48,23 @@ def _axis(text: str) -> Any:
     return typer.Option(help=text + "; commas between values, or the option again.", metavar="A,B,...")
 
 
+def _of_forecasts(text: str, several: bool = False) -> Any:
+    metavar = "A,B,..." if several else None
+    return typer.Option(help=text, metavar=metavar, rich_help_panel="Forecasts")
+
+
 @main.command()
 def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, wine, breast_cancer, diabetes; a .csv, .tsv, .parquet or .npz file; "
-            "a folder of images by class; module:function or file.py:function.  [default: digits]"
+            help="digits, wine, breast_cancer, diabetes; parking, household (forecasts); a .csv, .tsv, .parquet or "
+            ".npz file; a folder of images by class; module:function or file.py:function.  [default: digits]"
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="The column of a table to predict.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="classification, regression, or auto to see it from the target.")
+        str | None, typer.Option(help="classification, regression, forecast, or auto to see it from the target.")
     ] = None,
     model: Annotated[
         str | None,
@@ -70,7 +75,7 @@ def compare(
     ] = None,
     norm: Annotated[
         list[str] | None,
-        _axis("none, batch, layer, instance, group, group(32), rms, switch, or a pattern"),
+        _axis("none, batch, layer, instance, group, group(32), rms, switch, or a pattern; around a forecast revin"),
     ] = None,
     batch_size: Annotated[list[str] | None, _axis("Samples a step, or all of them  [default: 2,32]")] = None,
     lr: Annotated[
@@ -93,6 +98,23 @@ def compare(
     valid: Annotated[float | None, typer.Option(help="Share of the samples for validation.  [default: 0.2]")] = None,
     test: Annotated[float | None, typer.Option(help="Share of the samples for the test.  [default: 0.2]")] = None,
     split_seed: Annotated[int | None, typer.Option(help="Decides which samples these are.  [default: 0]")] = None,
+    time: Annotated[str | None, _of_forecasts("The column of times: whole numbers or ISO dates.")] = None,
+    series: Annotated[str | None, _of_forecasts("The column that tells series apart.")] = None,
+    columns: Annotated[list[str] | None, _of_forecasts("Columns that the model sees", several=True)] = None,
+    static: Annotated[list[str] | None, _of_forecasts("Columns constant in each series", several=True)] = None,
+    window: Annotated[int | None, _of_forecasts("Steps of the past.  [default: two seasons, or 24]")] = None,
+    horizon: Annotated[int | None, _of_forecasts("Steps to forecast.  [default: 6]")] = None,
+    season: Annotated[int | None, _of_forecasts("Steps of a season.  [default: by the step's length]")] = None,
+    stride: Annotated[int | None, _of_forecasts("Steps from a window to the next.  [default: at most 6000]")] = None,
+    gaps: Annotated[str | None, _of_forecasts("Rows not there: cut (missing), join (no time).  [default: cut]")] = None,
+    missing: Annotated[str | None, _of_forecasts("drop windows, or carry the last value on.  [default: drop]")] = None,
+    aggregate: Annotated[
+        list[str] | None, _of_forecasts("column=first|last|max|min|mean|sum: a bar's entry", several=True)
+    ] = None,
+    pooling: Annotated[
+        list[str] | None, _of_forecasts("local, pooled, static  [default: pooled]", several=True)
+    ] = None,
+    bar: Annotated[list[str] | None, _of_forecasts("Steps in an entry of the past  [default: 1]", several=True)] = None,
     name: Annotated[
         str | None, typer.Option(help="The study's name and folder.  [default: from data and model]")
     ] = None,
@@ -110,15 +132,19 @@ def compare(
         "data": data, "target": target, "task": task, "model": model, "norm": norm, "batch_size": batch_size,
         "lr": lr, "lr_scale": lr_scale, "tune_lr": tune_lr, "optimizer": optimizer, "activation": activation,
         "seeds": seeds, "epochs": epochs, "valid": valid, "test": test, "split_seed": split_seed,
-        "name": name,
+        "time": time, "series": series, "columns": columns, "static": static, "window": window, "horizon": horizon,
+        "season": season, "stride": stride, "gaps": gaps, "missing": missing, "aggregate": aggregate,
+        "pooling": pooling, "bar": bar, "name": name,
     }  # fmt: skip
-    settings = {key: value for key, value in given.items() if value is not None}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    # Lists of columns are taken literally elsewhere, so that a name may have a comma.
+    settings |= {key: ",".join(settings[key]) for key in ("columns", "static", "aggregate") if key in settings}
     with _told():
         from renorm.comparison import Study, run_study
         from renorm.comparison.progress import duration
         from renorm.comparison.terminal import table
 
-        start = time.monotonic()
+        start = monotonic()
         plan = Study(**settings) if study is None else Study.from_toml(study, **settings)
         comparison = run_study(plan, out=out, jobs=jobs, backend=backend)
         report = comparison.report()
@@ -127,7 +153,7 @@ def compare(
         console.print(comparison.sentence, markup=False, highlight=False)
         for note in (*comparison.analysis.notes, *comparison.notes):
             console.print(f"note: {note}", markup=False, highlight=False)
-        console.print(f"took {duration(time.monotonic() - start)}; report: ", end="", highlight=False)
+        console.print(f"took {duration(monotonic() - start)}; report: ", end="", highlight=False)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
 

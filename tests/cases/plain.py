@@ -69,6 +69,17 @@ def switched(names, eps=1e-5):
     return formula
 
 
+def about_the_last(layer, x, mask):
+    """RevIN's formula with the last real step of each channel in the place of the mean, by a loop."""
+    _, var = moments(x, (2,), mask)
+    last = torch.zeros_like(var)
+    for n, c in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
+        real = x[n, c] if mask is None else x[n, c][mask[n, c]]
+        last[n, c] = real[-1] if len(real) else 0
+    y = (x - last) / (var + 1e-5).sqrt()
+    return y * layer.weight.double()[:, None] + layer.bias.double()[:, None]
+
+
 def recovered(dims, recovery):
     """The formula of a norm over `dims` with `recovery` of (channels last, the layer's module) behind it."""
 
@@ -125,6 +136,9 @@ CASES = [
     Case("InstanceNorm1d", lambda: rn.InstanceNorm1d(6), SEQUENCE, standardize((2,)), lambda: nn.InstanceNorm1d(6)),
     Case("InstanceNorm2d", lambda: rn.InstanceNorm2d(6), IMAGE, standardize((2, 3)), lambda: nn.InstanceNorm2d(6)),
     Case("InstanceNorm3d", lambda: rn.InstanceNorm3d(6), VOLUME, standardize((2, 3, 4)), lambda: nn.InstanceNorm3d(6)),
+    Case("RevIN", lambda: rn.RevIN(6), SEQUENCE, standardize((2,))),
+    Case("RevIN-last-axis", lambda: rn.RevIN(9, axis=-1), SEQUENCE, standardize((1,), along=(2,))),
+    Case("RevIN-subtract-last", lambda: rn.RevIN(6, subtract_last=True), SEQUENCE, about_the_last),
     Case(
         "InstanceNorm2d-tracked",
         lambda: rn.InstanceNorm2d(6, affine=True, track_running_stats=True),

@@ -119,7 +119,7 @@ def _changes(score: Score, cells: Sequence[Cell]) -> tuple[Change, ...]:
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in (row for cell in cells for row in cell.rows if row.score.num):
         setting = row.setting
-        line = (setting.optimizer, setting.activation, setting.base_lr, row.norm)
+        line = (setting.optimizer, setting.activation, setting.base_lr, setting.pooling, setting.bar, row.norm)
         lines.setdefault(line, []).append(row)
     ends = [(rows[0], rows[-1]) for rows in lines.values() if len(rows) > 1]
     differences = [paired(score, small, large) for small, large in ends]

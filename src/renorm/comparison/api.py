@@ -5,27 +5,31 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from torch import nn
 
-from renorm.comparison import data, tuning
+from renorm.comparison import data, forecast, panel, tuning
 from renorm.comparison.comparison import Comparison
 from renorm.comparison.data import Splits
 from renorm.comparison.given import Given, GivenModel
+from renorm.comparison.panel import Panel
 from renorm.comparison.progress import progress as show_progress
 from renorm.comparison.reference import Reference
 from renorm.comparison.run import check_backend, missing, num_jobs, run
+from renorm.comparison.series import Layout
+from renorm.comparison.series import read as read_series
 from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec
 from renorm.comparison.store import Store
-from renorm.comparison.study import Study, grid
+from renorm.comparison.study import FORECAST_ONLY, Study, grid
 from renorm.comparison.trial import Build, build_model
 from renorm.errors import DataError, RenormError, StudyError
 
@@ -43,17 +47,30 @@ def compare(
     valid: Any = None,
     test: Any = None,
     *,
-    norm: Names = ("none", "batch", "layer", "group", "rms", "switch"),
+    norm: Names | None = None,
     batch_size: int | str | Sequence[int | str] = (32,),
     lr: Numbers | None = None,
     lr_scale: str = "linear",
     tune_lr: bool = False,
-    optimizer: Names = ("sgd",),
+    optimizer: Names | None = None,
     activation: Names = ("relu",),
     seeds: int | Sequence[int] = 3,
-    epochs: int = 15,
+    epochs: int | None = None,
     target: str | None = None,
     task: str = "auto",
+    time: str | None = None,
+    series: str | None = None,
+    columns: Sequence[str] = (),
+    static: Sequence[str] = (),
+    window: int | None = None,
+    horizon: int | None = None,
+    season: int | None = None,
+    stride: int | None = None,
+    gaps: str | None = None,
+    missing: str | None = None,
+    aggregate: Mapping[str, str] | None = None,
+    pooling: Names = ("pooled",),
+    bar: int | Sequence[int] = (1,),
     replace: str = "any",
     name: str | None = None,
     folder: str | Path | None = None,
@@ -73,23 +90,33 @@ def compare(
             :func:`renorm.swap`; its other weights are where every trial starts from. A builder gives new
             weights for each seed.
         train: the training part: (x, y) as arrays or tensors, or a torch Dataset; or all data as a source for
-            :func:`renorm.comparison.data.load`: "digits", "table.csv", a folder of images.
+            :func:`renorm.comparison.data.load`: "digits", "table.csv", a folder of images. For a forecast a long table,
+            as a DataFrame, a file or a name: "parking", "household".
         valid: the validation part; it draws the learning curves and chooses the learning rate.
         test: the test part, which is read once, at the end. Without one the validation part gives the scores.
-        norm: norms by name: "none", "batch", "layer", "instance", "group", "group(32)", "rms", "switch".
+        norm: norms by name: "none", "batch", "layer", "instance", "group", "group(32)", "rms", "switch"; around a
+            forecaster "revin", with another norm inside "revin+layer". If left out none, batch, layer, group, rms and
+            switch, in a forecast none, batch, layer and revin.
         batch_size: samples a step; "all" for the whole training part: batch gradient descent, as 1 is stochastic and
             what is between is mini-batch gradient descent. It takes one step an epoch, at a rate that linear scaling
             makes large: give it more epochs, and ``tune_lr`` or ``lr_scale="none"``.
-        lr: learning rates at batch size 32 (if left out 0.1, in a regression 0.01); with ``tune_lr`` the rates that
-            are tried.
+        lr: learning rates at batch size 32 (if left out 0.1, in a regression 0.01, in a forecast 0.001); with
+            ``tune_lr`` the rates that are tried.
         lr_scale: "linear" scales the rate by batch_size / 32; "none" takes it as it is.
         tune_lr: choose the rate for each norm and batch size by the validation part.
-        optimizer: optimizers by name: "sgd", "momentum", "adam", "adamw", ...
+        optimizer: optimizers by name: "sgd", "momentum", "adam", "adamw", ...; if left out sgd, in a forecast adam.
         activation: activations by name; for built-in models only.
         seeds: how many seeds, or the seeds themselves.
-        epochs: passes over the training part.
+        epochs: passes over the training part; if left out 15, in a forecast 8.
         target: the column to predict, where ``train`` names a table.
-        task: "classification", "regression", or "auto" to see it from the targets.
+        task: "classification", "regression", "forecast", or "auto" to see the first two from the targets.
+        time, series, columns, static, gaps, missing: of a forecast: which column of the long table is what, and what is
+            made of its holes; see :class:`renorm.comparison.series.Layout`.
+        window, horizon, season, stride, aggregate: of a forecast: steps of the past and to come; see
+            :func:`renorm.comparison.panel.divide`.
+        pooling: of a forecast: "local", a model for each series; "pooled", one for all; "static", one for all that sees
+            static features.
+        bar: of a forecast: how many steps an entry of the past holds.
         replace: which of the module's norms give way: the left side of a rule of :func:`renorm.swap`.
         name: the study's name, and its folder's.
         folder: where studies are kept; ``renorm-runs`` in the current folder if left out.
@@ -108,11 +135,13 @@ def compare(
     settings: dict[str, Any] = {
         "data": train if isinstance(train, str) else "python",
         "model": f"python:{given.name}" if given else model,
-        "norm": norm, "batch_size": batch_size, "lr_scale": lr_scale, "tune_lr": tune_lr,
-        "optimizer": optimizer, "activation": activation, "seeds": seeds, "epochs": epochs, "target": target,
-        "task": task, "name": name or "",
+        "batch_size": batch_size, "lr_scale": lr_scale, "tune_lr": tune_lr, "activation": activation, "seeds": seeds,
+        "target": target, "task": task, "name": name or "", "time": time, "series": series, "columns": columns,
+        "static": static, "window": window, "horizon": horizon, "season": season, "stride": stride, "gaps": gaps,
+        "missing": missing, "aggregate": aggregate or {}, "pooling": pooling, "bar": bar,
     }  # fmt: skip
-    study = Study(**settings, **({} if lr is None else {"lr": lr}))
+    by_task = {"norm": norm, "lr": lr, "optimizer": optimizer, "epochs": epochs}
+    study = Study(**settings, **{key: value for key, value in by_task.items() if value is not None})
     splits = _from_parts(study, train, valid, test)
     return run_study(
         study, splits=splits, given=given, out=folder or FOLDER, jobs=jobs, backend=backend, progress=progress
@@ -122,7 +151,7 @@ def compare(
 def run_study(
     study: Study,
     *,
-    splits: Splits | None = None,
+    splits: Splits | Panel | None = None,
     given: Given | None = None,
     out: str | Path = FOLDER,
     jobs: int | None = None,
@@ -166,11 +195,13 @@ def _tuned(
     work: _Work, record: StudyRecord, candidates: tuple[TrialSpec, ...], store: Store
 ) -> tuple[StudyRecord, tuple[TrialResult, ...]]:
     """Two phases: every rate without the test part, then the chosen rates with it."""
-    choices = tuning.choose(work.run("tuning the learning rate", candidates, store))
+    learnt = [spec for spec in candidates if spec.norm not in forecast.BASELINES]
+    choices = tuning.choose(work.run("tuning the learning rate", learnt, store))
     chosen = tuple(
         spec
         for spec in work.grid(test=True)
         if any(choice.covers(spec) and choice.base_lr == spec.base_lr for choice in choices)
+        or (spec.norm in forecast.BASELINES and spec.base_lr == work.study.lr[0])
     )
     settings = {**record.settings, "tuning": [choice.text() for choice in choices]}
     record = changed(record, settings=settings, keys=tuple(spec.key for spec in chosen))
@@ -183,7 +214,7 @@ class _Work:
     """What every phase of a study needs."""
 
     study: Study
-    splits: Splits
+    splits: Splits | Panel
     given: Given | None  # the model, where it is a Python object
     identity: str  # what the specs call the model
     command: str  # what to type to run it again
@@ -200,7 +231,7 @@ class _Work:
 
     def run(self, label: str, specs: Sequence[TrialSpec], store: Store) -> tuple[TrialResult, ...]:
         todo = missing(specs, store)
-        num_train = len(self.splits.x_train)
+        num_train = self.splits.num("train")
         with show_progress(self.console, label, todo, len(specs) - len(todo), num_train) as show:
             return run(specs, store, jobs=self.jobs, backend=self.backend, build=self.build, on_result=show)
 
@@ -226,13 +257,37 @@ class _Work:
         )
 
 
-def _load(study: Study) -> Splits:
+def _load(study: Study) -> Splits | Panel:
+    if study.task == "forecast":
+        return _panel(study, study.data)
     dataset = data.load(study.data, target=study.target, task=study.task)
     return data.split(dataset, seed=study.split_seed, valid=study.valid, test=study.test)
 
 
-def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | None:
+def _panel(study: Study, source: Any) -> Panel:
+    layout = Layout(study.time, study.series, study.target, study.columns, study.static, study.gaps, study.missing)
+    return panel.divide(
+        read_series(source, layout),
+        window=study.window,
+        horizon=study.horizon,
+        season=study.season,
+        stride=study.stride,
+        bars=study.bar,
+        aggregate=dict(pair.rsplit("=", 1) for pair in study.aggregate),
+        valid=study.valid,
+        test=study.test,
+    )
+
+
+def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | Panel | None:
     """The parts that were given as objects; None where ``train`` names all data."""
+    if isinstance(train, pd.DataFrame):
+        if study.task != "forecast" or valid is not None or test is not None:
+            raise DataError(
+                "a DataFrame is a long table of time series, split by time: write task='forecast' and leave valid and "
+                "test out; or pass parts as (x, y)"
+            )
+        return _panel(study, train)
     if isinstance(train, str):
         if valid is not None or test is not None:
             raise DataError(
@@ -245,16 +300,20 @@ def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | Non
     return data.from_parts(train, valid, test, task=study.task)
 
 
-def _in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits) -> str:
+def _in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
     """The first model that can be built, one line a layer.
 
     A norm that the model cannot take will be a row that says so; an error is raised if none can be built.
     """
     errors: list[RenormError] = []
-    for spec in {spec.norm: spec for spec in reversed(specs)}.values():
+    learnt = [spec for spec in reversed(specs) if spec.norm not in forecast.BASELINES]
+    for spec in {spec.norm: spec for spec in learnt}.values():
         with torch.random.fork_rng(devices=[]):
             try:
-                return _layers(build(spec, splits))
+                seen = (
+                    splits.windows(spec.bar, static=spec.pooling == "static") if isinstance(splits, Panel) else splits
+                )
+                return _layers(build(spec, seen))
             except RenormError as error:
                 errors.append(error)
             except Exception as error:
@@ -281,4 +340,13 @@ def _call(study: Study) -> str:
     """What to write in Python; the objects themselves cannot be written down."""
     shown = ("norm", "batch_size", "lr", "tune_lr", "optimizer", "seeds", "epochs", "name")
     settings = ", ".join(f"{key}={getattr(study, key)!r}" for key in shown)
+    if study.task == "forecast":
+        plain = type(study).model_fields
+        more = ("target", *FORECAST_ONLY)
+        told = [key for key in more if getattr(study, key) != plain[key].default]
+        values = {key: getattr(study, key) for key in told}
+        if study.aggregate:
+            values["aggregate"] = dict(pair.rsplit("=", 1) for pair in study.aggregate)
+        settings = ", ".join([settings, "task='forecast'", *(f"{key}={value!r}" for key, value in values.items())])
+        return f"renorm.compare(model, table, {settings})"
     return f"renorm.compare(model, train, valid, test, {settings})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from renorm.choices.reversible import parted
+from renorm.comparison.forecast import BASELINES
 from renorm.drawing import draw
 from renorm.errors import PatternError
 from renorm.norms.named import parse, pattern_of
@@ -13,7 +15,8 @@ from renorm.pattern import parse as parse_pattern
 __all__ = ["Area", "areas_of"]
 
 _MIXED = ("instance", "layer", "batch")  # the norms whose areas switchable norm mixes, where they have one
-_SMALL = {"n": 4, "g": 3, "k": 2, "b": 2}
+_REVIN = "n c [t]"
+_SMALL = {"n": 4, "g": 3, "k": 2, "b": 2, "t": 5}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ def areas_of(norms: Sequence[str], model: str) -> tuple[Area, ...]:
     """
     users: dict[str, tuple[list[str], list[str]]] = {}
     for norm in norms:
+        if norm in BASELINES:
+            continue
+        if parted(norm)[0]:
+            users.setdefault(_REVIN, ([], []))[0].append(norm)
         patterns = _patterns(norm, model)
         for pattern in patterns:
             users.setdefault(pattern, ([], []))[len(patterns) > 1].append(norm)
@@ -43,7 +50,7 @@ def areas_of(norms: Sequence[str], model: str) -> tuple[Area, ...]:
 
 
 def _patterns(norm: str, model: str) -> tuple[str, ...]:
-    name = parse(norm)
+    name = parse(parted(norm)[1])
     names = [parse(kind) for kind in _MIXED] if name.kind == "switch" else [name]
     found = [_on_model(pattern_of(name, _axis(model)), model) for name in names]
     return tuple(pattern for pattern in found if "[" in pattern)  # no norm has none, instance norm none on vectors

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from renorm.comparison.score import Estimate, Score, estimate
@@ -30,6 +30,8 @@ class Setting:
     activation: str  # "relu", ...
     base_lr: float | None  # the rate the study names; None where each norm has its own, tuned one
     batch_size: int  # samples a step
+    pooling: str = ""  # of a forecast, as in TrialSpec
+    bar: int = 0  # of a forecast
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Row:
     peak_memory_mb: float  # median over the seeds that finished
     num_parameters: int  # of the model with this norm; 0 where none was built
     place: Place  # against the best of its setting
+    others: dict[str, Estimate] = field(default_factory=dict)  # other scores of the same part over the same seeds
 
     @property
     def status(self) -> str:
@@ -138,11 +141,13 @@ def corrected(differences: Sequence[Estimate]) -> list[float]:
 
 
 def _setting(spec: TrialSpec, tuned: bool) -> Setting:
-    return Setting(spec.optimizer, spec.activation, None if tuned else spec.base_lr, spec.batch_size)
+    rate = None if tuned else spec.base_lr
+    return Setting(spec.optimizer, spec.activation, rate, spec.batch_size, spec.pooling, spec.bar)
 
 
-def _order(setting: Setting) -> tuple[str, str, float, int]:
-    return setting.optimizer, setting.activation, setting.base_lr or 0.0, setting.batch_size
+def _order(setting: Setting) -> tuple[str, str, float, str, int, int]:
+    rate = setting.base_lr or 0.0
+    return setting.optimizer, setting.activation, rate, setting.pooling, setting.bar, setting.batch_size
 
 
 def _row(score: Score, setting: Setting, trials: Sequence[TrialResult]) -> Row:
@@ -162,6 +167,7 @@ def _row(score: Score, setting: Setting, trials: Sequence[TrialResult]) -> Row:
         peak_memory_mb=_median(trial.peak_memory_mb for trial in done),
         num_parameters=max((trial.num_parameters for trial in trials), default=0),
         place="unfinished",
+        others={key: estimate(score.others(done, key)) for key in score.other_keys},
     )
 
 

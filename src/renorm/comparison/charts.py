@@ -165,7 +165,8 @@ Place = tuple[object, ...]
 
 def _place(row: Row) -> Place:
     setting = row.setting
-    return row.norm, row.base_lr, setting.batch_size, setting.optimizer, setting.activation
+    frame = (setting.pooling, setting.bar)
+    return row.norm, row.base_lr, setting.batch_size, setting.optimizer, setting.activation, *frame
 
 
 def _spans(analysis: Analysis, results: Sequence[TrialResult]) -> dict[Place, list[TrialResult]]:
@@ -174,7 +175,8 @@ def _spans(analysis: Analysis, results: Sequence[TrialResult]) -> dict[Place, li
     found: dict[Place, list[TrialResult]] = {}
     for trial in sorted(results, key=lambda trial: trial.spec.seed):
         spec = trial.spec
-        place = (spec.norm, spec.base_lr, spec.batch_size, spec.optimizer, spec.activation)
+        frame = (spec.pooling, spec.bar)
+        place = (spec.norm, spec.base_lr, spec.batch_size, spec.optimizer, spec.activation, *frame)
         if place in places:
             found.setdefault(place, []).append(trial)
     return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from renorm.comparison import report
 from renorm.comparison.analysis import Analysis, analyse
+from renorm.comparison.by_series import series_columns
 from renorm.comparison.cells import Cell, Row
 from renorm.comparison.criteria import NAMES, criteria_means
 from renorm.comparison.spec import StudyRecord, TrialResult
@@ -94,6 +95,16 @@ class Comparison:
         frame.attrs["score"] = f"{self.analysis.score.title} ({self.analysis.score.key})"
         return frame
 
+    def series(self) -> pd.DataFrame:
+        """Of a study of forecasts one row for each norm, setting and series.
+
+        Its scores ``mase``, ``mse``, ``mae`` and ``correlation`` are means over seeds, each with the ends of its
+        interval over time, ``mase_low`` and ``mase_high``: see :func:`renorm.measures.scores.forecasting_scores`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(series_columns(self.analysis, self.results))
+
     def best(self, batch_size: int | None = None) -> Best:
         """The best norm at ``batch_size``, or over all settings; with those it is not shown to differ from.
 
@@ -153,4 +164,6 @@ def _columns(row: Row) -> dict[str, Any]:
         "seconds_per_step": row.seconds_per_step,
         "peak_memory_mb": row.peak_memory_mb,
         "num_parameters": row.num_parameters,
+        **({"pooling": row.setting.pooling, "bar": row.setting.bar} if row.setting.bar else {}),
+        **{key: value.mean for key, value in row.others.items()},
     }

@@ -61,6 +61,10 @@ class Splits:
             digest.update(values.data)
         return digest.hexdigest()[:16]
 
+    def num(self, part: str) -> int:
+        """How many samples a part has."""
+        return len(getattr(self, f"y_{part}"))
+
     @property
     def num_outputs(self) -> int:
         """How many numbers a model gives for a sample: one for each class, or 1 in a regression."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from renorm.choices.reversible import Reversible, parted
 from renorm.comparison.fingerprint import fingerprint
+from renorm.comparison.panel import Windows
 from renorm.comparison.reference import Reference
 from renorm.comparison.spec import TrialSpec
 from renorm.errors import StudyError, SwapError
@@ -59,7 +61,7 @@ class Given:
 
     def notes(self, norms: Iterable[str]) -> tuple[str, ...]:
         """What a reader should know of the results: whose the initial weights are, and what was replaced."""
-        reports = {norm: report for norm in norms if (report := self._report(norm)) is not None}
+        reports = {norm: report for norm in norms if (report := self._report(parted(norm)[1])) is not None}
         weights = (
             "every trial starts from the given model's own weights: the seeds differ in the order of the "
             "samples (and dropout) only"
@@ -68,9 +70,13 @@ class Given:
         )
         return (weights, *_replaced(reports), *_remarks(reports))
 
-    def __call__(self, spec: TrialSpec, splits: Splits) -> nn.Module:
-        """A new model whose norms are the spec's."""
-        return self._swap(spec.norm)[0]
+    def __call__(self, spec: TrialSpec, splits: Splits | Windows) -> nn.Module:
+        """A new model whose norms are the spec's; a forecaster between RevIN's halves where it names that."""
+        if not isinstance(splits, Windows):
+            return self._swap(spec.norm)[0]
+        reversible, norm = parted(spec.norm)
+        model = self._swap(norm)[0]
+        return Reversible(model, splits.input_shape[0] - splits.num_static) if reversible else model
 
     def _swap(self, norm: str) -> tuple[nn.Module, SwapReport]:
         model = self.model if isinstance(self.model, nn.Module) else self.model()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from renorm.comparison.forecast import BASELINES
 from renorm.comparison.spec import TrialResult, TrialSpec
 from renorm.comparison.study import num_steps
 
@@ -34,6 +35,8 @@ class Clock:
 
     def work_of(self, spec: TrialSpec) -> int:
         """The work of a trial, in no unit but comparable."""
+        if spec.norm in BASELINES:
+            return 1
         return num_steps(spec, self.num_train) * (64 + spec.batch_size)
 
     def advance(self, spec: TrialSpec) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import joblib
 
 from renorm.comparison.data import Splits
+from renorm.comparison.forecast import run_forecast
+from renorm.comparison.panel import Panel
 from renorm.comparison.spec import TrialResult, TrialSpec
 from renorm.comparison.store import Store
 from renorm.comparison.trial import Build, build_model, run_trial
@@ -185,12 +187,19 @@ def _why_broken(error: BrokenProcessPool) -> str:
 
 def _trial(spec: TrialSpec, data: str, build: Build) -> TrialResult:
     _end_with_parent()
+    if spec.bar:
+        return run_forecast(spec, _panel(data, spec.data), build)
     return run_trial(spec, _splits(data, spec.data), build)
 
 
 @lru_cache(maxsize=1)
 def _splits(data: str, fingerprint: str) -> Splits:
     return Splits.load(Path(data))
+
+
+@lru_cache(maxsize=1)
+def _panel(data: str, fingerprint: str) -> Panel:
+    return Panel.load(Path(data))
 
 
 @lru_cache(maxsize=1)

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from renorm.comparison.spec import StudyRecord, TrialResult
+from renorm.comparison.spec import PRIMARY, StudyRecord, TrialResult
 
-__all__ = ["Estimate", "Score", "estimate", "rounded"]
+__all__ = ["OTHER_TITLES", "Estimate", "Score", "estimate", "rounded"]
 
 CONFIDENCE = 0.95
+OTHER_TITLES = {"mse": "MSE", "correlation": "Corr."}  # of the scores that are shown beside a MASE
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the norms are ranked by: an error rate or a root mean squared error; lower is better."""
+    """What the norms are ranked by: an error rate, a root mean squared error, or a MASE; lower is better."""
 
-    key: str  # "error" or "rmse": the name in TrialResult.test and .valid
+    key: str  # "error", "rmse" or "mase": the name in TrialResult.test and .valid
     part: str  # "test", or "validation" for a study without a test part
     target: str  # the target column's name, the unit of an RMSE; may be empty
     step: float  # the smallest amount the score can change by: 1 / samples for an error rate, else 0
@@ -31,7 +32,7 @@ class Score:
         classifies = record.task == "classification"
         size = int(record.data.get("num_test" if part == "test" else "num_valid", 0))
         return cls(
-            key="error" if classifies else "rmse",
+            key=PRIMARY[record.task],
             part=part,
             target=str(record.data.get("target") or ""),
             step=1 / size if classifies and size else 0.0,
@@ -41,6 +42,16 @@ class Score:
         """The score of one trial; nan where it has none that is finite."""
         value = (result.test if self.part == "test" else result.valid).get(self.key, math.nan)
         return value if math.isfinite(value) else math.nan
+
+    @property
+    def other_keys(self) -> tuple[str, ...]:
+        """The scores that are shown beside it, which do not rank."""
+        return tuple(OTHER_TITLES) if self.key == "mase" else ()
+
+    def others(self, results: Sequence[TrialResult], key: str) -> list[float]:
+        """One of these of each trial, without those in which it is not defined."""
+        values = [(result.test if self.part == "test" else result.valid).get(key, math.nan) for result in results]
+        return [value for value in values if math.isfinite(value)]
 
     def log_odds(self, rate: float) -> float:
         """log(errors / successes) of an error rate, half an error and half a success added so that it is finite."""
@@ -58,11 +69,18 @@ class Score:
     @property
     def title(self) -> str:
         """Its name in a sentence: "test error", "validation RMSE"."""
-        return f"{self.part} {'error' if self.is_rate else 'RMSE'}"
+        return f"{self.part} {self.name}"
+
+    @property
+    def name(self) -> str:
+        """Its name alone: "error", "RMSE", "MASE"."""
+        return self.key if self.is_rate else self.key.upper()
 
     @property
     def unit(self) -> str:
         """Its unit in a table's head: "%", or "units of price"."""
+        if self.key == "mase":
+            return "naive errors"
         return "%" if self.is_rate else f"units of {self.target or 'the target'}"
 
     @property

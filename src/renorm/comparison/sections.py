@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from renorm.comparison.analysis import Analysis, Change, Contrast
 from renorm.comparison.areas import Area, areas_of
+from renorm.comparison.by_series import frame_table, series_tables
 from renorm.comparison.cells import Cell, Row, ending
 from renorm.comparison.charts import Chart, Table
 from renorm.comparison.criteria import CAVEAT, criteria_means
 from renorm.comparison.elements import facts, figure, scrolling, swatch, table
+from renorm.comparison.forecast import BASELINES
 from renorm.comparison.hard import cases_table, hard_cases
 from renorm.comparison.paths import STEPS, path_pictures
+from renorm.comparison.score import OTHER_TITLES, Estimate, rounded
 from renorm.comparison.spec import StudyRecord, TrialResult
 from renorm.comparison.verdict import norm_title, setting_title, varying_fields
 
@@ -72,7 +75,7 @@ def _header(page: Page) -> str:
     record, analysis = page.record, page.analysis
     words = [
         record.task,
-        f"{len(analysis.norms)} norms",
+        f"{sum(norm not in BASELINES for norm in analysis.norms)} norms",
         f"{len(analysis.batch_sizes)} batch size{'s' if len(analysis.batch_sizes) != 1 else ''}",
         f"{len(page.results)} trials",
     ]
@@ -111,14 +114,16 @@ def _answer_table(page: Page) -> str:
         f'<thead><tr><th scope="col">Norm</th><th scope="col" class="number">{head}</th>'
         '<th scope="col" class="interval">95% interval</th>'
         '<th scope="col" class="range"><span class="hidden">Bar</span></th>'
-        '<th scope="col">Against the lowest mean</th><th scope="col">Seeds finished</th></tr></thead>'
+        + "".join(f'<th scope="col" class="interval">{OTHER_TITLES[key]}</th>' for key in score.other_keys)
+        + '<th scope="col">Against the lowest mean</th><th scope="col">Seeds finished</th></tr></thead>'
         f"{groups}</table>",
     )
 
 
 def _answer_group(page: Page, cell: Cell, title: str) -> str:
     rows = "".join(_answer_row(page, cell, row) for row in cell.rows)
-    head = f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(title.capitalize())}</th></tr>'
+    width = 6 + len(page.analysis.score.other_keys)
+    head = f'<tr class="group"><th scope="rowgroup" colspan="{width}">{escape(title.capitalize())}</th></tr>'
     return f"<tbody>{head}{rows}</tbody>"
 
 
@@ -127,12 +132,17 @@ def _answer_row(page: Page, cell: Cell, row: Row) -> str:
     rate = "" if cell.setting.base_lr is not None else f" <small>learning rate {row.base_lr:g}</small>"
     reasons = "".join(f'<br><small class="reason">{escape(reason)}</small>' for reason in row.reasons)
     mean = score.text(row.score).removesuffix("%")
+    others = "".join(f'<td class="interval">{_other(row.others[key])}</td>' for key in score.other_keys)
     return (
         f'<tr class="{row.place}"><th scope="row">{_norm_cell(page, row.norm)}{rate}</th>'
         f'<td class="number">{mean}</td><td class="interval">{score.interval(row.score)}</td>'
         f'<td class="range">{_range_bar(page, cell, row)}</td>'
-        f"<td>{_verdict(page, cell, row)}</td><td>{escape(row.status)}{reasons}</td></tr>"
+        f"{others}<td>{_verdict(page, cell, row)}</td><td>{escape(row.status)}{reasons}</td></tr>"
     )
+
+
+def _other(value: Estimate) -> str:
+    return rounded(value.mean, value.half_width)
 
 
 def _range_bar(page: Page, cell: Cell, row: Row) -> str:
@@ -236,7 +246,9 @@ def _area(page: Page, area: Area) -> str:
 
 
 def _model_name(page: Page) -> str:
-    return str(page.record.settings.get("model", ""))
+    name = str(page.record.settings.get("model", ""))
+    known = page.record.task != "forecast" or name in ("mlp", "lstm", "transformer")
+    return name if known else "tcn"  # whose activations have the same axes as those of any other forecaster
 
 
 def _paths(page: Page) -> str:
@@ -267,7 +279,19 @@ def _differences(page: Page) -> str:
         "six equal norms with three seeds, some difference is claimed in about 7 of 100 studies instead of 5.</p>"
         + _best_against_others(page, comparisons)
         + _across_batch_sizes(page)
+        + _across_frames(page)
     )
+
+
+def _across_frames(page: Page) -> str:
+    found = frame_table(page.analysis)
+    return f"<h3>Between poolings and bars</h3>{table(found)}" if found else ""
+
+
+def _series(page: Page) -> str:
+    tables = [table(found) for found in series_tables(page.analysis, page.results)]
+    others = "".join(tables[1:])
+    return "".join(tables[:1]) + (f"<details><summary>The other settings</summary>{others}</details>" if others else "")
 
 
 def _best_against_others(page: Page, comparisons: Sequence[tuple[Cell, Contrast]]) -> str:
@@ -397,7 +421,8 @@ def _unfinished(page: Page) -> str:
 
 def _unfinished_row(analysis: Analysis, trial: TrialResult) -> tuple[str, ...]:
     spec = trial.spec
-    settings = (norm_title(spec.norm), str(spec.batch_size), spec.optimizer, spec.activation, f"{spec.lr:g}")
+    frame = f", {spec.pooling}, bar {spec.bar}" if spec.bar else ""
+    settings = (norm_title(spec.norm) + frame, str(spec.batch_size), spec.optimizer, spec.activation, f"{spec.lr:g}")
     return *settings, *ending(analysis.score, trial)
 
 
@@ -431,6 +456,7 @@ _SECTIONS = (
     Section("cost", "Time and memory", "Time and memory", _costs),
     Section("areas", "Areas", "What each norm averages over", _areas),
     Section("paths", "Optimizers", "How the optimizers move", _paths),
+    Section("series", "Series", "Series by series", _series),
     Section("differences", "Differences", "The differences, and how sure they are", _differences),
     Section("cases", "Worst cases", "The samples that models are worst at", _cases),
     Section("criteria", "Criteria", "Information criteria", _criteria),

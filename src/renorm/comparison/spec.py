@@ -8,7 +8,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["CaseRecord", "EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
+__all__ = ["PRIMARY", "CaseRecord", "EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
+
+# The score that trials are ranked by, by task.
+PRIMARY = {"classification": "error", "regression": "rmse", "forecast": "mase"}
 
 Status = Literal["ok", "diverged", "refused", "failed"]
 
@@ -19,7 +22,7 @@ class TrialSpec:
 
     data: str  # fingerprint of the prepared data, see data.Splits.fingerprint
     model: str  # built-in name, "module:function@<fingerprint>", or "python:<fingerprint>"
-    norm: str  # "batch", "group(32)", "none", ...: what norms.named.parse reads
+    norm: str  # "batch", "group(32)", "none", ...: what norms.named.parse reads; of a forecast see forecast.BASELINES
     batch_size: int  # samples a step; the last incomplete batch of an epoch is dropped
     lr: float  # the learning rate the optimizer gets, already scaled to the batch size
     base_lr: float  # the learning rate the study names, before that scaling
@@ -28,11 +31,14 @@ class TrialSpec:
     epochs: int  # passes over the training part
     seed: int  # decides the initial weights and the order of the samples
     test: bool = True  # read the test part at the end; False while a learning rate is being tuned
+    pooling: str = ""  # of a forecast: "local", "pooled" or "static"
+    bar: int = 0  # of a forecast: steps that an entry of the past holds
 
     @property
     def key(self) -> str:
         """16 hex digits that name this spec: the file name of its result."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        values = {name: value for name, value in asdict(self).items() if self.bar or name not in ("pooling", "bar")}
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -43,7 +49,7 @@ class EpochRecord:
     step: int  # optimizer steps taken so far
     train_loss: float  # mean training loss over the epoch's steps, in training mode
     valid_loss: float  # loss on the validation part, in evaluation mode
-    valid_score: float  # error rate (0 to 1) or RMSE (target's units) on the validation part
+    valid_score: float  # error rate (0 to 1), RMSE (target's units) or MASE on the validation part
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class TrialResult:
     peak_memory_mb: float = math.nan  # peak resident memory above that before the trial's model was built
     criteria: dict[str, float] = field(default_factory=dict)  # log_likelihood, k, n, aic, aicc, bic: closer.py
     worst: tuple[CaseRecord, ...] = ()  # the highest losses first
+    # Of a forecast, for each series of the part that gives the scores: score -> (value, low, high).
+    series: dict[str, dict[str, tuple[float, float, float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values; nan and inf are written as strings."""
@@ -90,6 +98,8 @@ class TrialResult:
             CaseRecord(**{**case, "neighbors": tuple(map(tuple, case["neighbors"]))})
             for case in values.get("worst", ())
         )
+        series = values.get("series", {})
+        values["series"] = {name: {key: tuple(ends) for key, ends in of.items()} for name, of in series.items()}
         return cls(**values)
 
 
@@ -98,7 +108,7 @@ class StudyRecord:
     """What a study folder says of itself; written before the first trial, read by the report."""
 
     name: str  # the folder's name under renorm-runs/
-    task: Literal["classification", "regression"]
+    task: Literal["classification", "regression", "forecast"]
     settings: dict[str, Any]  # the study file's values, defaults filled in
     data: dict[str, Any]  # name, source, num_train, num_valid, num_test, shape, classes, target, notes
     model: str  # the model in words, one line a layer, for the first norm

@@ -16,6 +16,7 @@ from renorm.errors import DataError, StudyError
 
 if TYPE_CHECKING:
     from renorm.comparison.data import Splits
+    from renorm.comparison.panel import Panel
 
 __all__ = ["Store"]
 
@@ -69,7 +70,7 @@ class Store:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StudyError(f"{path} is damaged ({error!r}): run the study again to write it") from None
 
-    def write_data(self, splits: Splits) -> None:
+    def write_data(self, splits: Splits | Panel) -> None:
         """Keep the prepared data for the processes that run trials."""
         splits.save(self.data)
 

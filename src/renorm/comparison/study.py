@@ -30,6 +30,7 @@ from renorm.errors import RenormError, StudyError
 
 if TYPE_CHECKING:
     from renorm.comparison.data import Splits
+    from renorm.comparison.panel import Panel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +39,12 @@ else:
 
 __all__ = ["RATES", "Study", "grid", "num_steps"]
 
+SERIES = ("parking", "household")  # names of data that is forecast
+# What a forecast has where nothing else is said.
+FORECAST: Mapping[str, Any] = {
+    "data": "parking", "model": "cnn", "norm": "none,batch,layer,revin", "batch_size": 32, "lr": 0.001,
+    "optimizer": "adam", "epochs": 8,
+}  # fmt: skip
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # what tuning tries when the study names no rates
 REGRESSION_RATE = 0.01
 REFERENCE_BATCH = 32  # the batch size at which linear scaling leaves a learning rate as it is
@@ -65,11 +72,19 @@ def _seeds(value: object) -> object:
 
 
 def _norms(names: tuple[str, ...]) -> tuple[str, ...]:
+    from renorm.choices.reversible import REVERSIBLE, parted
     from renorm.norms import named
 
     standard = named.parse("group")
-    parsed = [named.parse(name) for name in names]
-    return tuple(dict.fromkeys("group" if name == standard else str(name) for name in parsed))
+    found = []
+    for name in names:
+        reversible, inner = parted(name.strip().lower() if name.strip().lower().startswith(REVERSIBLE) else name)
+        parsed = named.parse(inner)
+        words = ([REVERSIBLE] if reversible else []) + (
+            [] if reversible and parsed.kind == "none" else ["group" if parsed == standard else str(parsed)]
+        )
+        found.append("+".join(words))
+    return tuple(dict.fromkeys(found))
 
 
 def _optimizers(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,6 +105,22 @@ def _model(name: str) -> str:
     return name if ":" in name else _known(name, models.NAMES, "model (or module:function for your own)")
 
 
+def _columns(value: object) -> object:
+    """Names as a list, or as text with commas between them; a name in a list may have a comma itself."""
+    return _axis(value) if isinstance(value, str) else value
+
+
+def _rules(value: object) -> object:
+    """A mapping, "close=last,amount=sum" or a list of "column=rule" -> that list, sorted."""
+    if isinstance(value, Mapping):
+        value = [f"{column}={rule}" for column, rule in value.items()]
+    pairs: Any = _columns(value)
+    for pair in pairs:
+        if "=" not in str(pair):
+            raise StudyError(f"aggregate: must be column=rule; got {pair!r}; write for example price=last,amount=sum")
+    return sorted(map(str, pairs))
+
+
 def _known(name: str, names: tuple[str, ...], kind: str) -> str:
     return look_up({known: known for known in names}, name, kind)
 
@@ -107,6 +138,12 @@ BatchSize = Annotated[
 ]
 BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), BeforeValidator(_axis)]
 Rates = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_axis)]
+Columns = Annotated[tuple[str, ...], BeforeValidator(_columns)]
+Count = Annotated[int, Field(ge=1)]
+Pooling = Literal["local", "pooled", "static"]
+Poolings = Annotated[tuple[Pooling, ...], Field(min_length=1), BeforeValidator(_axis)]
+Bars = Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_axis)]
+Rules = Annotated[tuple[str, ...], BeforeValidator(_rules)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_seeds)]
 
 
@@ -131,7 +168,7 @@ class Study(BaseModel):
 
     data: str = "digits"  # what data.load reads: a built-in name, a file, a folder, "module:function"
     target: str | None = None  # the column to predict, where the data is a table
-    task: Literal["auto", "classification", "regression"] = "auto"
+    task: Literal["auto", "classification", "regression", "forecast"] = "auto"
     model: Model = "mlp"  # a built-in name or "module:function"
     norm: Norms = ("none", "batch", "layer", "group", "rms", "switch")
     batch_size: BatchSizes = (2, 32)  # "all": the whole training part, one step an epoch
@@ -145,6 +182,20 @@ class Study(BaseModel):
     valid: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the samples, unless the data brings this part
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2  # likewise; 0 for no test part
     split_seed: Annotated[int, Field(ge=0)] = 0
+    # Of a forecast only; None is the choice of series.read and panel.divide.
+    time: str | None = None  # the column of times
+    series: str | None = None  # the column that tells series apart
+    columns: Columns = ()  # what the model sees of the past; empty: every column of numbers
+    static: Columns = ()  # columns that are constant in each series
+    window: Count | None = None  # steps of the past
+    horizon: Count | None = None  # steps to forecast
+    season: Count | None = None  # steps
+    stride: Count | None = None  # steps from a window to the next
+    gaps: Literal["cut", "join"] | None = None
+    missing: Literal["drop", "last"] | None = None
+    aggregate: Rules = ()  # "column=rule": what a bar has of a column
+    pooling: Poolings = ("pooled",)  # a model for each series, one for all, or one that has static features too
+    bar: Bars = (1,)  # steps that an entry of the past holds
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = ""
 
     def __init__(self, **settings: Any) -> None:
@@ -160,6 +211,10 @@ class Study(BaseModel):
     @classmethod
     def _fill(cls, raw: dict[str, Any]) -> dict[str, Any]:
         filled = dict(raw)
+        if filled.get("task", "auto") == "auto" and filled.get("data") in SERIES:
+            filled["task"] = "forecast"
+        if filled.get("task") == "forecast":
+            filled = {**FORECAST, **({"lr": RATES} if filled.get("tune_lr") else {}), **filled}
         if not filled.get("name"):
             data, model = (filled.get(key, cls.model_fields[key].default) for key in ("data", "model"))
             filled["name"] = f"{_slug(str(data))}-{_slug(str(model))}"
@@ -174,7 +229,22 @@ class Study(BaseModel):
                 f"tune_lr needs at least two learning rates to choose from; got lr = {self.lr[0]:g}; "
                 "name more rates, or leave lr out to try the default ones"
             )
+        if self.task == "forecast":
+            self._check_forecast()
+            return self
+        given = [key for key in FORECAST_ONLY if getattr(self, key) != type(self).model_fields[key].default]
+        if given or any(name.startswith("revin") for name in self.norm):
+            what = given[0] if given else "norm revin"
+            raise StudyError(f"{what} is for forecasts; write task = forecast, or leave it out")
         return self
+
+    def _check_forecast(self) -> None:
+        if "all" in self.batch_size:
+            raise StudyError("batch_size all is not for forecasts, whose series differ in length; write a number")
+        if self.model == "resnet":
+            raise StudyError(
+                "a forecast is made by mlp, cnn, lstm, tcn, transformer or a model of your own; got resnet"
+            )
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Study:
@@ -189,7 +259,7 @@ class Study(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Every setting with its value, as plain JSON values; ``Study(**settings)`` gives the study back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=set() if self.task == "forecast" else set(FORECAST_ONLY))
 
     def for_task(self, task: str) -> Study:
         """The study with the task's learning rate, 0.01 for a regression, where none was named.
@@ -197,7 +267,7 @@ class Study(BaseModel):
         At 0.1, which suits a cross-entropy, the squared error behind a layer or group norm diverges: its curvature
         grows with the number of normalized features that the last layer sums.
         """
-        if task == "classification" or "lr" in self.model_fields_set or self.tune_lr:
+        if task != "regression" or "lr" in self.model_fields_set or self.tune_lr:
             return self
         return Study(**{**self.settings(), "lr": REGRESSION_RATE})
 
@@ -211,12 +281,14 @@ class Study(BaseModel):
         return shlex.join(words)
 
     def _changed(self) -> dict[str, Any]:
-        derived = Study(data=self.data, model=self.model, tune_lr=self.tune_lr)
-        plain = Study()
+        derived = Study(data=self.data, model=self.model, tune_lr=self.tune_lr, task=self.task)
+        plain = Study(task=self.task) if self.task == "forecast" else Study()
         keep_derived = {"name", "lr"}
         changed = {
             key: value for key, value in self if value != getattr(derived if key in keep_derived else plain, key)
         }
+        if self.task == "forecast":  # said by the name of the data, or by itself
+            changed = ({"data": self.data} if self.data in SERIES else {"task": self.task}) | changed
         if "seeds" in changed and self.seeds == tuple(range(len(self.seeds))):
             changed["seeds"] = len(self.seeds)
         elif len(self.seeds) == 1 and "seeds" in changed:
@@ -224,13 +296,19 @@ class Study(BaseModel):
         return changed
 
 
+FORECAST_ONLY = (
+    "time", "series", "columns", "static", "window", "horizon", "season", "stride", "gaps", "missing", "aggregate",
+    "pooling", "bar",
+)  # fmt: skip
+
+
 def num_steps(spec: TrialSpec, num_train: int) -> int:
     """How many optimizer steps a trial takes: the last incomplete batch of an epoch is dropped."""
     return spec.epochs * (num_train // spec.batch_size)
 
 
-def grid(study: Study, splits: Splits, *, model: str | None = None, test: bool = True) -> tuple[TrialSpec, ...]:
-    """One spec for each combination of the study's axes, seeds innermost.
+def grid(study: Study, splits: Splits | Panel, *, model: str | None = None, test: bool = True) -> tuple[TrialSpec, ...]:
+    """One spec for each combination of the study's axes, seeds innermost; of a forecast the baselines, too.
 
     ``model`` is what the specs call a model of the user's own (:meth:`renorm.comparison.given.Given.identify`).
     ``test=False`` gives the trials of the tuning phase, which leave the test part alone.
@@ -238,15 +316,21 @@ def grid(study: Study, splits: Splits, *, model: str | None = None, test: bool =
     Raises:
         StudyError: a batch size is larger than the training part.
     """
-    num_train = len(splits.x_train)
+    from renorm.comparison.forecast import baselines
+    from renorm.comparison.panel import Panel
+
+    num_train = splits.num("train")
+    norms, frames = study.norm, [("", 0)]
+    if isinstance(splits, Panel):
+        norms, frames = (*norms, *baselines(splits)), list(itertools.product(study.pooling, study.bar))
     sizes = tuple(dict.fromkeys(num_train if size == "all" else size for size in study.batch_size))
     too_large = [size for size in sizes if size > num_train]
     if too_large:
         raise StudyError(
             f"a batch must fit into the training part of {num_train} samples; got batch_size {too_large[0]}; "
-            f"write a batch size of at most {num_train}, or all"
+            f"write a batch size of at most {num_train}{'' if isinstance(splits, Panel) else ', or all'}"
         )
-    axes = itertools.product(study.norm, sizes, study.optimizer, study.activation, study.lr)
+    axes = itertools.product(frames, norms, sizes, study.optimizer, study.activation, study.lr)
     return tuple(
         TrialSpec(
             data=splits.fingerprint,
@@ -259,9 +343,11 @@ def grid(study: Study, splits: Splits, *, model: str | None = None, test: bool =
             activation=activation,
             epochs=study.epochs,
             seed=seed,
-            test=test and len(splits.x_test) > 0,
+            test=test and splits.num("test") > 0,
+            pooling=pooling,
+            bar=bar,
         )
-        for norm, batch_size, optimizer, activation, rate in axes
+        for (pooling, bar), norm, batch_size, optimizer, activation, rate in axes
         for seed in study.seeds
     )
 
@@ -311,6 +397,10 @@ _HINTS: Mapping[str, str] = {
     "test": "a share between 0 and 1, for example 0.2",
     "split_seed": "a whole number from 0",
     "name": "a folder's name: letters, digits, '.', '_' and '-'",
+    "pooling": "local, pooled or static, or several with commas",
+    "bar": "whole numbers from 1, for example 1,2,3",
+    "gaps": "cut or join",
+    "missing": "drop or last",
 }
 
 

@@ -20,7 +20,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from renorm.comparison.arrays import MAX_VALUE
 from renorm.errors import DataError
 
-__all__ = ["MAX_FEATURES", "MAX_LEVELS", "SUFFIXES", "Table", "encode", "read"]
+__all__ = ["MAX_FEATURES", "MAX_LEVELS", "SUFFIXES", "Table", "encode", "read", "read_frame"]
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 MAX_LEVELS = 50  # a text column with more different values is not a category
@@ -53,7 +53,7 @@ def read(path: Path, target: str | None) -> Table:
     Raises:
         DataError: the file cannot be read or a rule above is broken; the message names column, row and value.
     """
-    frame = _read_frame(path)
+    frame = read_frame(path)
     if not len(frame):
         raise DataError(f"{path}: a table needs rows; this one has column names and nothing below them")
     if frame.shape[1] > MAX_FEATURES:
@@ -96,7 +96,12 @@ def encode(columns: pd.DataFrame, train: npt.NDArray[np.intp]) -> tuple[npt.NDAr
     return x, tuple(notes)
 
 
-def _read_frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path) -> pd.DataFrame:
+    """A file as it is, its first line the names of the columns.
+
+    Raises:
+        DataError: it is no such file, has no names or has a name twice.
+    """
     try:
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from renorm.comparison.analysis import Analysis
 from renorm.comparison.cells import Cell, Row
-from renorm.comparison.score import rounded
+from renorm.comparison.score import OTHER_TITLES, rounded
 from renorm.comparison.verdict import norm_title, setting_title, varying_fields
 
 __all__ = ["table"]
@@ -44,18 +44,22 @@ def table(analysis: Analysis) -> Table:
     # A pattern may be long; the other names must not give way to the words beside them.
     longest = max((len(norm_title(row.norm)) for row in analysis.rows), default=0)
     shown.add_column("Norm", no_wrap=longest <= 22, overflow="fold")
-    shown.add_column("Error %" if score.is_rate else "RMSE", justify="right", no_wrap=True)
+    shown.add_column("Error %" if score.is_rate else score.name, justify="right", no_wrap=True)
     shown.add_column("95% interval", no_wrap=True)
-    shown.add_column("Against the lowest", no_wrap=True)
-    shown.add_column("Seeds", min_width=8, max_width=10)
-    shown.add_column("ms/step", justify="right", no_wrap=True)
+    for key in score.other_keys:
+        shown.add_column(OTHER_TITLES[key], justify="right", no_wrap=True)
+    shown.add_column("Against the lowest", no_wrap=not score.other_keys)
+    shown.add_column("Seeds", min_width=6 if score.other_keys else 8, max_width=10)
+    if not score.other_keys:  # they take its place
+        shown.add_column("ms/step", justify="right", no_wrap=True)
     for cell in analysis.cells:
         _add(shown, analysis, cell)
     return shown
 
 
 def _add(shown: Table, analysis: Analysis, cell: Cell) -> None:
-    title = setting_title(cell, varying_fields(analysis.cells))
+    varying = varying_fields(analysis.cells)
+    title = setting_title(cell, varying, batch_size="pooling" not in varying or "batch_size" in varying)
     shown.add_row(Text(title.capitalize(), style="bold"))
     for row in cell.rows:
         shown.add_row(*_entries(analysis, row), style="bold" if row.place == "best" else None)
@@ -69,9 +73,10 @@ def _entries(analysis: Analysis, row: Row) -> list[Text]:
         Text(f" {norm_title(row.norm)}{rate}"),
         Text(score.text(row.score).removesuffix("%")),
         Text(score.interval(row.score)),
+        *(Text(rounded(row.others[key].mean, row.others[key].half_width)) for key in score.other_keys),
         Text(_WORDS[row.place]),
         Text(row.status),
-        Text(rounded(row.seconds_per_step * 1e3, math.nan)),
+        *([] if score.other_keys else [Text(rounded(row.seconds_per_step * 1e3, math.nan))]),
     ]
 
 

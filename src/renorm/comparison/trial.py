@@ -18,32 +18,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.choices import models, optimizers
+from renorm.choices.reversible import Reversible, parted
 from renorm.comparison.closer import criteria_of, worst_of
 from renorm.comparison.data import Splits
 from renorm.comparison.memory import PeakMemory
-from renorm.comparison.spec import EpochRecord, TrialResult, TrialSpec
+from renorm.comparison.panel import Part, Windows
+from renorm.comparison.spec import PRIMARY, EpochRecord, TrialResult, TrialSpec
 from renorm.errors import StudyError
 from renorm.measures.scores import regression_scores
 from renorm.norms.norm import Norm
 
-__all__ = ["Build", "build_model", "run_trial", "sample_order"]
+__all__ = [
+    "FORECAST_SCORES",
+    "Build",
+    "Data",
+    "build_model",
+    "forecast_scores",
+    "run_trial",
+    "sample_order",
+    "series_scores",
+]
 
-Build = Callable[[TrialSpec, Splits], nn.Module]
+Data = Splits | Windows
+Build = Callable[[TrialSpec, Data], nn.Module]
 
+FORECAST_SCORES = ("mase", "mse", "mae", "correlation")
 EVALUATION_BATCH = 1024  # samples at once in evaluation: no result depends on it, memory does
 WARM_UP_STEPS = 5  # not counted in the time per step: the first ones allocate and plan
 
 
-def build_model(spec: TrialSpec, splits: Splits) -> nn.Module:
+def build_model(spec: TrialSpec, splits: Data) -> nn.Module:
     """The built-in model that the spec names, for samples of the data's shape; see :mod:`renorm.choices.models`.
 
     Raises:
         StudyError: no built-in model is called that, or it cannot take the data.
     """
+    if isinstance(splits, Windows):
+        reversible, norm = parted(spec.norm)
+        model = models.forecaster(spec.model, splits.input_shape, splits.horizon, norm=norm, activation=spec.activation)
+        return Reversible(model, splits.input_shape[0] - splits.num_static) if reversible else model
     return models.build(spec.model, splits.input_shape, splits.num_outputs, norm=spec.norm, activation=spec.activation)
 
 
-def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> TrialResult:
+def run_trial(spec: TrialSpec, splits: Data, build: Build = build_model) -> TrialResult:
     """Train one model as `spec` says and score it; equal arguments give equal results, but for times and memory.
 
     The model and everything random in it (weights, dropout) come from torch's, NumPy's and Python's
@@ -63,7 +80,8 @@ def run_trial(spec: TrialSpec, splits: Splits, build: Build = build_model) -> Tr
         build: makes the model; it is called twice, since a model that only tries the shapes is thrown away.
 
     Scores: "error" (0 to 1) and "loss" in a classification; "rmse" and "mae" in the target's units, "r2",
-    "correlation" and "loss" in a regression. "r2" and "correlation" are nan where they are not defined.
+    "correlation" and "loss" in a regression. "r2" and "correlation" are nan where they are not defined. Of a forecast
+    see :mod:`renorm.comparison.forecast`.
     """
     memory = PeakMemory()
     run = _Run(spec, splits, TrialResult(spec, "failed"))
@@ -117,7 +135,7 @@ class _Run:
     """A trial while it runs."""
 
     spec: TrialSpec
-    splits: Splits
+    splits: Data
     result: TrialResult
     curve: list[EpochRecord] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -164,15 +182,18 @@ class _Run:
         valid: dict[str, float] = {}
         for epoch in range(spec.epochs):
             train_loss = self._train_epoch(model.train(), optimizer, epoch)
-            valid = self._score(model.eval(), splits.x_valid, splits.y_valid)
-            score = valid["error" if splits.classes else "rmse"]
+            valid, output = self._score(model.eval(), "valid")
+            score = valid[PRIMARY[splits.task]]
             self.curve.append(EpochRecord(len(self.step_seconds), train_loss, valid["loss"], score))
             if not math.isfinite(valid["loss"]):
                 raise _Stop("diverged", f"the validation loss is {valid['loss']} after epoch {epoch + 1}")
-        test = {}
+        test: dict[str, float] = {}
+        series: dict[str, dict[str, tuple[float, float, float]]] = {}
         if spec.test and len(splits.y_test):
-            test = self._score(model.eval(), splits.x_test, splits.y_test)
-        self.result = replace(self.result, status="ok", valid=valid, test=test)
+            test, output = self._score(model.eval(), "test")
+        if isinstance(splits, Windows) and (test or not spec.test):
+            series = series_scores(splits, "test" if test else "valid", output)
+        self.result = replace(self.result, status="ok", valid=valid, test=test, series=series)
 
     def look_closer(self, model: nn.Module) -> None:
         """Keep worst cases and information criteria of the trained model, but for a rate that is being tuned."""
@@ -213,8 +234,8 @@ class _Run:
             return F.cross_entropy(output, y)
         if output.shape != y.shape:
             # (N, 1) against (N,) would broadcast to (N, N) without an error
-            self._check_output(output, (len(y), 1))
-        return F.mse_loss(output.view(-1), y)
+            self._check_output(output, (len(y), 1, *y.shape[1:]))
+        return F.mse_loss(output.reshape(y.shape), y)
 
     def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(output.shape) != expected:
@@ -224,16 +245,19 @@ class _Run:
             )
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> dict[str, float]:
-        """The scores of a part, from a model in evaluation mode."""
+    def _score(self, model: nn.Module, part: Part) -> tuple[dict[str, float], npt.NDArray[Any]]:
+        """The scores of a part, from a model in evaluation mode, and its output."""
+        x, y = getattr(self.splits, f"x_{part}"), getattr(self.splits, f"y_{part}")
         # copied batch by batch: a model may work in place, and the data is not its to change
         rows = range(0, len(y), EVALUATION_BATCH)
         output = torch.cat([model(torch.tensor(x[row : row + EVALUATION_BATCH])) for row in rows])
         loss = self._loss(output, torch.tensor(y)).item()
+        values = output.numpy()
+        if isinstance(self.splits, Windows):
+            return forecast_scores(self.splits, part, values.reshape(y.shape)) | {"loss": loss}, values.reshape(y.shape)
         if self.splits.classes:
-            error = float(np.mean(output.argmax(1).numpy() != y))
-            return {"error": error, "loss": loss}
-        return _regression_scores(output.view(-1).numpy(), y, self.splits.target_std) | {"loss": loss}
+            return {"error": float(np.mean(values.argmax(1) != y)), "loss": loss}, values
+        return _regression_scores(values.reshape(-1), y, self.splits.target_std) | {"loss": loss}, values
 
 
 def _typical(step_seconds: list[float]) -> float:
@@ -257,6 +281,27 @@ def _regression_scores(predicted: npt.NDArray[Any], y: npt.NDArray[Any], target_
         return dict.fromkeys(units, math.nan)
     scores = regression_scores(y, predicted, num_resamples=0)
     return {name: scores[name].value * unit for name, unit in units.items()}
+
+
+def forecast_scores(windows: Windows, part: Part, forecast: npt.NDArray[Any]) -> dict[str, float]:
+    """Means over the series of a part, nan where a forecast is not finite; empty for an empty part."""
+    if not len(windows.of[part]):
+        return {}
+    scores = windows.scores(part, forecast)
+    return {name: scores[name].value if scores else math.nan for name in FORECAST_SCORES}
+
+
+def series_scores(
+    windows: Windows, part: Part, forecast: npt.NDArray[Any]
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Each series' scores with their intervals over time."""
+    scores = windows.scores(part, forecast, intervals=True)
+    if scores is None:
+        return {}
+    return {
+        name: {key: (of[key].value, of[key].low, of[key].high) for key in FORECAST_SCORES}
+        for name, of in scores.parts.items()
+    }
 
 
 def _seed(seed: int) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from renorm.comparison.spec import TrialResult, TrialSpec
+from renorm.comparison.spec import PRIMARY, TrialResult, TrialSpec
 
 __all__ = ["Choice", "choose"]
 
@@ -16,7 +16,7 @@ class Tried:
     """One learning rate that was tried, over its seeds."""
 
     base_lr: float  # the rate the study names, before it is scaled to the batch size
-    score: float  # mean error rate or RMSE on the validation part; inf if a seed did not finish
+    score: float  # mean error rate, RMSE or MASE on the validation part; inf if a seed did not finish
     loss: float  # mean loss on the validation part; decides between equal scores
     statuses: tuple[str, ...]  # how each seed ended
 
@@ -29,6 +29,8 @@ class Choice:
     batch_size: int
     optimizer: str
     activation: str
+    pooling: str  # of a forecast, as in TrialSpec
+    bar: int
     tried: tuple[Tried, ...]  # ascending by rate
 
     @property
@@ -43,14 +45,17 @@ class Choice:
 
     def covers(self, spec: TrialSpec) -> bool:
         """Whether `spec` is a trial of this choice's norm, batch size, optimizer and activation."""
-        return _group(spec) == (self.norm, self.batch_size, self.optimizer, self.activation)
+        return _group(spec) == (
+            self.norm, self.batch_size, self.optimizer, self.activation, self.pooling, self.bar
+        )  # fmt: skip
 
     def text(self) -> str:
         """One line that says what was tried and chosen."""
         rates = ", ".join(f"{rate.base_lr:g} ({_shown(rate)})" for rate in self.tried)
         edge = "; it is at the edge of the range, a better one may lie outside" if self._doubtful else ""
         return (
-            f"{self.norm}, batch size {self.batch_size}, {self.optimizer}, {self.activation}: "
+            f"{self.norm}, batch size {self.batch_size}, {self.optimizer}, {self.activation}"
+            f"{f', {self.pooling}, bar {self.bar}' if self.bar else ''}: "
             f"lr {self.base_lr:g} of {rates}{edge}"
         )
 
@@ -72,8 +77,8 @@ def choose(results: Sequence[TrialResult]) -> tuple[Choice, ...]:
     )
 
 
-def _group(spec: TrialSpec) -> tuple[str, int, str, str]:
-    return spec.norm, spec.batch_size, spec.optimizer, spec.activation
+def _group(spec: TrialSpec) -> tuple[str, int, str, str, str, int]:
+    return spec.norm, spec.batch_size, spec.optimizer, spec.activation, spec.pooling, spec.bar
 
 
 def _tried(results: Sequence[TrialResult]) -> tuple[Tried, ...]:
@@ -84,7 +89,7 @@ def _tried(results: Sequence[TrialResult]) -> tuple[Tried, ...]:
 def _at(rate: float, results: Sequence[TrialResult]) -> Tried:
     return Tried(
         base_lr=rate,
-        score=_mean(_value(result, "error", "rmse") for result in results),
+        score=_mean(_value(result, *PRIMARY.values()) for result in results),
         loss=_mean(_value(result, "loss") for result in results),
         statuses=tuple(result.status for result in results),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from renorm.choices.reversible import parted
 from renorm.comparison.cells import LEAST_PAIRS, Cell, Row
 from renorm.comparison.score import Score
 from renorm.comparison.spec import StudyRecord
@@ -13,7 +14,15 @@ __all__ = ["joined", "norm_title", "notes", "sentence", "setting_title"]
 
 _TUNED = "Each norm has its own learning rate, chosen on the validation part."
 _SHARED = "All norms share one learning rate, which favours whoever it suits; tune_lr gives each its own."
-_TITLES = {"none": "no norm", "rms": "RMS norm", "switch": "switchable norm"}
+_MASE = (
+    "Norms are ranked by MASE, the mean over series of the mean absolute error in units of the naive error in the "
+    "training part: 1 is as far off as the value of a season before was there. MSE and correlation are means over "
+    "series, too, each in its own units; the correlation of levels is high wherever the level lasts."
+)
+_TITLES = {
+    "none": "no norm", "rms": "RMS norm", "switch": "switchable norm", "revin": "RevIN",
+    "naive": "the last value", "seasonal naive": "the last season",
+}  # fmt: skip
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -23,6 +32,8 @@ def norm_title(norm: str) -> str:
     >>> norm_title("batch"), norm_title("group(8)"), norm_title("none")
     ('batch norm', 'group norm (8 groups)', 'no norm')
     """
+    if norm.startswith("revin+"):
+        return f"RevIN and {norm_title(parted(norm)[1])}"
     if "[" in norm:  # a pattern names itself
         return norm
     groups = re.fullmatch(r"(\w+)\((\d+)\)", norm)
@@ -44,6 +55,8 @@ def setting_title(cell: Cell, varying: Sequence[str], *, batch_size: bool = True
     """A setting by what varies in the study: "batch size 32, adam, learning rate 0.1"."""
     setting = cell.setting
     words = [f"batch size {setting.batch_size}"] if batch_size else []
+    words += [setting.pooling] if "pooling" in varying else []
+    words += [f"bars of {setting.bar}"] if "bar" in varying else []
     words += [getattr(setting, name) for name in ("optimizer", "activation") if name in varying]
     if "base_lr" in varying and setting.base_lr is not None:
         words.append(f"learning rate {setting.base_lr:g}")
@@ -52,7 +65,7 @@ def setting_title(cell: Cell, varying: Sequence[str], *, batch_size: bool = True
 
 def varying_fields(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The fields of Setting in which the cells differ."""
-    fields = ("optimizer", "activation", "base_lr", "batch_size")
+    fields = ("optimizer", "activation", "base_lr", "batch_size", "pooling", "bar")
     return tuple(name for name in fields if len({getattr(cell.setting, name) for cell in cells}) > 1)
 
 
@@ -128,6 +141,7 @@ def notes(record: StudyRecord, score: Score, cells: Sequence[Cell], num_missing:
         _note_of_survivors(cells),
         f"{num_missing} of {len(record.keys)} trials have not run yet." if num_missing else "",
         _TUNED if record.settings.get("tune_lr") else _SHARED,
+        _MASE if score.key == "mase" else "",
     ]
     return tuple(note for note in found if note)
 

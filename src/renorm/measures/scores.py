@@ -181,7 +181,7 @@ def forecasting_scores(
         target: (n,) or (n, horizon): what came, in order of time.
         prediction: forecasts of the same shape.
         series: (n,), which series each row is of.
-        history: for each of them its past, in order of time.
+        history: for each of them its past, in order of time, nan where it is not known.
         season: m, in steps; 1 for the last value.
         num_resamples: draws of the bootstrap; 0 for no intervals.
         block: how many rows of a series are drawn together; at least the horizon where windows overlap.
@@ -303,10 +303,16 @@ def _naive_error(history: Mapping[Any, Any], name: Any, season: int) -> float:
         raise MeasureError(f"season must be at least 1; got {season}")
     if name not in history:
         raise MeasureError(f"history must have the past of every series; that of {name!r} is not there")
-    past = _array("history", history[name])
-    if past.ndim != 1 or len(past) <= season:
-        raise MeasureError(f"the past of {name!r} must be longer than the season of {season}; got shape {past.shape}")
-    return float(np.mean(np.abs(past[season:] - past[:-season])))
+    past = _numpy(history[name]).astype(np.float64)
+    if past.ndim != 1 or len(past) <= season or np.isinf(past).any():
+        raise MeasureError(
+            f"the past of {name!r} must be longer than the season of {season}, and finite or, where it is not known, "
+            f"nan; got shape {past.shape}"
+        )
+    apart = np.abs(past[season:] - past[:-season])
+    if np.isnan(apart).all():
+        raise MeasureError(f"the past of {name!r} must have two known values a season of {season} apart; it has none")
+    return float(np.nanmean(apart))
 
 
 def _correlation(share: Array, y: Array, p: Array) -> tuple[float, float, float]:
