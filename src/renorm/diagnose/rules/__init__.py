@@ -11,8 +11,11 @@ from renorm.diagnose.rules import (
     norms,
     optimizer,
     parameters,
+    settings,
+    state,
     steps,
     structure,
+    targets,
 )
 
 __all__ = [
@@ -26,6 +29,9 @@ __all__ = [
     "norms",
     "optimizer",
     "parameters",
+    "settings",
+    "state",
     "steps",
     "structure",
+    "targets",
 ]

@@ -293,7 +293,7 @@ def _train(evidence: Evidence, rehearsal: Rehearsal, steps: int, enough: float =
     with preserved(evidence.model, evidence.loss_function, evidence.inputs, evidence.target), torch.enable_grad():
         for step in range(steps + 1):
             evidence.seed.restore()
-            run = forward(evidence.model, evidence.loss_function, evidence.inputs, evidence.target)
+            run = forward(evidence.model, evidence.loss_function, evidence.fresh, evidence.target)
             if run.loss is None or run.loss.numel() != 1 or not run.loss.requires_grad:
                 break
             losses.append(float(run.loss.detach()))
