@@ -158,7 +158,7 @@ class Evidence:
 
     def each_input(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The inputs with `function` applied to every tensor of them."""
-        return mapped(self.inputs, function)
+        return mapped(self.fresh, function)
 
     def each_target(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The target with `function` applied to every tensor of it."""

@@ -192,7 +192,9 @@ def target_scale(evidence: Evidence) -> Iterator[Found]:
         at, spread = float(output.mean()), float(output.std())
         # A target of bootstrapping or of an autoencoder is made by the model: it has the outputs' scale.
         wide = std > 10 and spread < 0.1 * std
-        far = abs(mean) > 5 and abs(mean) > 10 * std and abs(mean - at) > 10 * max(std, spread)
+        far = (
+            abs(mean) > 20 and abs(mean) > 10 * std and abs(mean - at) > 10 * max(std, spread)
+        )  # logarithms stay below
         if wide or far:
             yield Found(
                 f"the targets of {call.kind} have mean {mean:.4g} and standard deviation {std:.3g}, the outputs of "

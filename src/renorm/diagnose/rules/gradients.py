@@ -13,7 +13,10 @@ from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
 from renorm.diagnose.rules.losses import softmax_over_one
 from renorm.diagnose.rules.parameters import apart, held_by, listed, owner_of
-from renorm.diagnose.trace import WEIGHTED, Node
+from renorm.diagnose.trace import WEIGHTED, Node, tensors_in
+
+# Calls by which values leave the trace.
+LEAVES = frozenset(("detach", "numpy", "item", "tolist", "cpu", "argmax", "__bool__"))
 
 
 def is_zero(tensor: Tensor) -> bool:
@@ -359,7 +362,8 @@ def no_gradient(evidence: Evidence) -> Iterator[Found]:
     held = held_by(evidence)
     if held is not None:
         cut = [name for name in cut if any(id(parameter) in held for parameter in without[name].values())]
-    if cut and _matters(evidence, {name for owner in cut for name in without[owner]}):
+    matters = bool(cut) and _matters(evidence, {name for owner in cut for name in without[owner]})
+    if matters:
         cut = [name for name in cut if not _is_copy(evidence, name, owners, set(without))]
         purpose = any(_switched_off(evidence, name) for name in cut)
         if cut:
@@ -375,6 +379,15 @@ def no_gradient(evidence: Evidence) -> Iterator[Found]:
                 if purpose
                 else "# keep the graph: no .data, numpy(), .item(), argmax or torch.tensor(...) of what they give",
             )
+    dropped = [] if matters else [name for name in cut if thrown_away(evidence, name)]
+    if dropped:
+        yield Found(
+            f"what {listed(dropped)} make{'s' if len(dropped) == 1 else ''} is not used: neither the loss nor an "
+            "output "
+            "depends on it",
+            module=dropped[-1],
+            fix="# use it, or take it out",
+        )
     if unused:
         count = sum(parameter.numel() for owner in unused for parameter in without[owner].values())
         yield Found(
@@ -382,6 +395,23 @@ def no_gradient(evidence: Evidence) -> Iterator[Found]:
             module=unused[0],
             severity="info",
         )
+
+
+def thrown_away(evidence: Evidence, name: str) -> bool:
+    """Whether a layer was called, and nothing that its results went into is the loss or came out of the model."""
+    calls = calls_of(evidence, name)
+    if not calls or evidence.run.loss is None:
+        return False
+    ends = {id(tensor) for tensor in (evidence.run.loss, *evidence.run.outputs)}
+    ends |= {id(t) for module in evidence.model.modules() for t in tensors_in(list(vars(module).values()))}
+    behind = {id(node) for node in calls}
+    for node in evidence.trace.nodes:
+        if id(node) not in behind and not any(id(source) in behind for source in node.sources if source is not None):
+            continue
+        behind.add(id(node))
+        if node.kind in LEAVES or any(id(tensor) in ends for tensor in node.outputs):
+            return False
+    return True
 
 
 def _called_instead(evidence: Evidence, owner: str) -> str:

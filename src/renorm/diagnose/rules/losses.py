@@ -263,6 +263,14 @@ def not_logarithms(evidence: Evidence) -> Iterator[Found]:
         if values.numel() == 0 or not bool(values.isfinite().any()):
             continue
         most = float(values[values.isfinite()].max())
+        if call.kind == "kl_div" and not call.options.get("log_target") and bool((call.target < -1e-3).any()):
+            yield Found(
+                f"kl_div gets targets down to {float(call.target.min()):.3g}; they are probabilities, and it takes "
+                "their "
+                "logarithm",
+                fix="F.kl_div(log_probabilities, log_targets, log_target=True)",
+            )
+            continue
         if call.kind == "kl_div" and most > 1e-3:
             yield Found(
                 f"kl_div gets values up to {most:.3g} from {said(node)}; logarithms of probabilities are 0 and below",
@@ -684,7 +692,7 @@ def summed_loss(evidence: Evidence) -> Iterator[Found]:
         return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
     once = evidence.again(change=quiet)
-    both = evidence.again(mapped(evidence.inputs, twice), mapped(evidence.target, twice), change=quiet)
+    both = evidence.again(mapped(evidence.fresh, twice), mapped(evidence.target, twice), change=quiet)
     if once.error is not None or both.error is not None or once.loss is None or both.loss is None:
         return
     if once.loss.numel() != 1 or both.loss.numel() != 1 or float(once.loss.detach()) == 0:
@@ -737,6 +745,12 @@ def labels(evidence: Evidence) -> Iterator[Found]:
             yield Found("every label is the one that is ignored: the loss is 0 / 0", severity="error")
             continue
         low, high = (int(value) for value in real.aminmax())
+        weight = call.options.get("weight")
+        if isinstance(weight, Tensor) and low >= 0 and high < len(weight) and int((weight > 0).sum()) == 1 < classes:
+            yield Found(
+                f"the weights of all classes but {int(weight.argmax())} are 0: always answering that is a loss of 0",
+                fix="weight=count.sum() / count  # a rare class gets the large weight",
+            )
         if low < 0 or high >= classes:
             counted = "; they seem to count from 1" if low == 1 and high == classes else ""
             yield Found(
@@ -749,7 +763,10 @@ def labels(evidence: Evidence) -> Iterator[Found]:
                 severity="warning",
                 fix="# shuffle: DataLoader(..., shuffle=True)",
             )
-        elif real.numel() >= 1000 and classes >= 20 and (high + 1) / classes < 0.1:
+        elif classes >= 20 and (
+            (real.numel() >= 1000 and (high + 1) / classes < 0.1)
+            or (real.numel() >= 32 and target.dim() == 1 and classes >= 100 and (high + 1) / classes <= 0.02)
+        ):
             yield Found(
                 f"{classes} classes in the output, and no label above {high} among {real.numel()}",
                 severity="warning",

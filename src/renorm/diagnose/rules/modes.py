@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence, Run
 from renorm.diagnose.rules.losses import drop, without
+from renorm.diagnose.rules.parameters import apart
 from renorm.diagnose.rules.statistics import called, is_norm, listed, norm_calls, over_channels, path
 from renorm.diagnose.trace import Node
 from renorm.norms.norm import Norm
@@ -420,6 +421,8 @@ def frozen_norm_still_moves(evidence: Evidence) -> Iterator[Found]:
         source = evidence.trace.maker(call.input)
         before = [] if source is None or source.module is None else list(source.module.parameters(recurse=False))
         alone = bool(before) and all(p.requires_grad for p in before)
+        if follows(evidence, call.node.name):
+            continue
         frozen.setdefault(call.input.requires_grad and not alone, []).append(call.node.name)
     for passing, names in frozen.items():
         first = names[0]
@@ -432,6 +435,22 @@ def frozen_norm_still_moves(evidence: Evidence) -> Iterator[Found]:
             severity="info" if passing else "warning",
             mend=partial(_frozen, names=tuple(dict.fromkeys(names))) if ours else None,
         )
+
+
+def follows(evidence: Evidence, name: str) -> bool:
+    """Whether a module is in a frozen twin of one that learns: a moving average of it has statistics of its own."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        whole = evidence.model.get_submodule(".".join(parts[: i + 1]))
+        shapes = [p.shape for p in whole.parameters()]
+        for other_name, other in evidence.model.get_submodule(".".join(parts[:i])).named_children():
+            twin = list(other.parameters())
+            if other is whole or [p.shape for p in twin] != shapes or not any(p.requires_grad for p in twin):
+                continue
+            same = all(torch.equal(p, q) for p, q in zip(whole.parameters(), twin, strict=True))
+            if same or apart(part) or apart(other_name):
+                return True
+    return False
 
 
 def _frozen(model: nn.Module, optimizer: Optimizer | None, *, names: tuple[str, ...]) -> Mended:

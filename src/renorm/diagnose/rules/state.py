@@ -94,7 +94,8 @@ batch = 3 * torch.randn(32, 8) + 1, torch.randint(3, (32,))
     "batch-is-written-into",
     "warning",
     title="The model changes its input in place",
-    why="Whoever has the batch has another one afterwards: a second pass over it, a target that is the same tensor, or a "
+    why="Whoever has the batch has another one afterwards: a second pass over it, a target that is the same tensor, "
+    "or a "
     "data set that is kept in memory is scaled again each time.",
     fix="x = (x - mean) / std, without an underscore; no in-place activation on the input.",
     source="measured: the values before and after the forward pass",
@@ -135,7 +136,7 @@ batch = torch.randn(32, 8), torch.randint(5, (32,))
     good=STACK.format("*[nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)]"),
 )
 def one_layer_in_a_row(evidence: Evidence) -> Iterator[Found]:
-    """In one list or sequence, with parameters, and what one call makes goes into the next; heads in parallel do not."""
+    """In one list or sequence, with parameters, and each call feeds the next, as those of parallel heads do not."""
     for name, module in evidence.model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
@@ -166,4 +167,3 @@ def chained(evidence: Evidence, part: nn.Module) -> bool:
                 return True
             after_another.add(id(node))
     return False
-

@@ -215,7 +215,7 @@ def swapped(evidence: Evidence, size: int, kept: slice, dim: int = 0) -> object:
         rows[kept] = True
         return torch.where(rows.view([-1 if i == dim else 1 for i in range(x.dim())]), x, moved.to(x.dtype))
 
-    return mapped(evidence.inputs, swap)
+    return mapped(evidence.fresh, swap)
 
 
 def is_mask(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Rules about how outputs and targets belong together: which axis, which sign, and whether the answer is in the input."""
+"""Rules about how outputs and targets belong together: their axes, the sign, whether the input has the answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries, mapped
-from renorm.diagnose.rules.losses import linear, said
+from renorm.diagnose.rules.losses import REGRESSION, drop, given, linear, said, without
 from renorm.diagnose.trace import Node, tensors_in
 
 # Views that can be done again on numbers of the features.
-AGAIN = frozenset(
-    "view reshape flatten unflatten squeeze unsqueeze permute transpose swapaxes movedim contiguous clone t T mT".split()
-)
-SAME = frozenset("to float half bfloat16 double type type_as detach cpu cuda requires_grad_".split())
+# fmt: off
+AGAIN = frozenset((
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes", "movedim",
+    "contiguous", "clone", "t", "T", "mT",
+))
+# fmt: on
+SAME = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as", "detach", "cpu", "cuda"))
 
 TAGGER = """
 class Tagger(nn.Module):
@@ -39,7 +42,8 @@ batch = torch.randn(16, 12, 8), torch.randint(12, (16, 12))
     "classes-in-another-dimension",
     "error",
     title="The cross-entropy takes another dimension for the classes",
-    why="cross_entropy reads the classes along dimension 1. Where sizes happen to agree, scores along time or space are "
+    why="cross_entropy reads the classes along dimension 1. Where sizes happen to agree, scores along time or space "
+    "are "
     "compared as if they were classes, and a view that does not transpose mixes both.",
     fix="output.transpose(1, 2) for (N, T, K); output.permute(0, 2, 1).reshape(-1, K) before flattening (N, K, T).",
     source="torch.nn.CrossEntropyLoss: input of shape (N, C, d1, ...); the features are followed through the views",
@@ -65,7 +69,8 @@ def classes_in_another_dimension(evidence: Evidence) -> Iterator[Found]:
             continue
         where = "other positions of the same unit" if still else "a mixture of units and positions"
         yield Found(
-            f"{call.kind} takes dimension 1 of {linear(tuple(numbers.shape))} for the {classes} classes, and that holds "
+            f"{call.kind} takes dimension 1 of {linear(tuple(numbers.shape))} for the {classes} classes, and that "
+            "holds "
             f"{where} of {said(node)}",
             module=node.name,
             fix="output.transpose(1, -1)  # classes in dimension 1"
@@ -196,7 +201,8 @@ batch = text[:, :-1], text[:, 1:]
     "answer-in-the-input",
     "error",
     title="Each position sees the token it is to predict",
-    why="The loss falls to nearly 0 by copying, and the model has learnt nothing that it can use when the answer is not "
+    why="The loss falls to nearly 0 by copying, and the model has learnt nothing that it can use when the answer is "
+    "not "
     "there.",
     fix="Shift the targets by one, x = text[:, :-1] and y = text[:, 1:]; a causal mask, and no second direction.",
     source="measured: tokens are replaced, and the outputs that are to predict them change",
@@ -214,7 +220,7 @@ def answer_in_the_input(evidence: Evidence) -> Iterator[Found]:
     for tokens in tensors_in(evidence.inputs):
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 4 or tokens.shape[0] < 2:
             continue
-        if target.numel() != tokens.numel() or len(tokens.unique()) < 5:
+        if target.numel() != tokens.numel() or len(torch.unique(tokens)) < 5:
             continue
         answers = target.view_as(tokens)
         matters = answers >= 0
@@ -252,7 +258,7 @@ def positions(evidence: Evidence, tokens: Tensor, at: int) -> Tensor | None:
     if torch.equal(other, tokens):
         return None
     one = evidence.again(training=False)
-    two = evidence.again(mapped(evidence.inputs, lambda x: other if x is tokens else x), training=False)
+    two = evidence.again(mapped(evidence.fresh, lambda x: other if x is tokens else x), training=False)
     if one.error is not None or two.error is not None:
         return None
     size, length = tokens.shape
@@ -267,3 +273,39 @@ def positions(evidence: Evidence, tokens: Tensor, at: int) -> Tensor | None:
         by_position = change.reshape(size, length, -1).amax((0, 2))
         return by_position > 1e-5 * float(entries(a).abs().mean())
     return None
+
+
+@rule(
+    "C42",
+    "batch-norm-on-the-output",
+    "warning",
+    title="A batch norm behind the last layer of a regression",
+    why="In training each prediction is that of its sample relative to the batch: its level is lost, and comes back "
+    "only "
+    "through the norm's own weight and bias. In evaluation running statistics stand in for it.",
+    fix="Leave the norm out; scale the targets instead.",
+    source="Ioffe & Szegedy 2015, Batch normalization: between layers; mean and variance of the output are the batch's",
+    bad="""
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.BatchNorm1d(1))
+loss = nn.MSELoss()
+batch = torch.randn(32, 8), torch.randn(32, 1) + 3
+""",
+    good="""
+model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+loss = nn.MSELoss()
+batch = torch.randn(32, 8), torch.randn(32, 1) + 3
+""",
+)
+def batch_norm_on_the_output(evidence: Evidence) -> Iterator[Found]:
+    """What a regression loss compares with the batch's targets comes out of a batch norm that measures."""
+    for call in evidence.losses:
+        node = evidence.blame(call.input)
+        if call.kind in REGRESSION and node is not None and node.kind == "batch_norm" and given(evidence, call.target):
+            yield Found(
+                f"{said(node)} standardizes the outputs over the batch in front of {call.kind}, whose targets have "
+                "mean "
+                f"{float(entries(call.target).mean()):.3g}",
+                module=node.name,
+                fix=without(node, "the batch norm"),
+                mend=drop(node),
+            )
