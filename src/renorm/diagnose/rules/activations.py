@@ -28,8 +28,10 @@ def seen(history: History, kinds: tuple[str, ...], count: int) -> Iterator[tuple
 
 
 def bound(history: History, stuck: float, learning: float) -> float:
-    """How much is too much, for a training whose loss does not fall, and for one whose loss does or which is young."""
-    return learning if history.progress > 0.2 or history.step < YOUNG else stuck
+    """How much is too much, for a training whose loss does not fall, and for one whose loss does; between for both."""
+    if history.progress > 0.2:
+        return learning
+    return stuck if history.step >= YOUNG else (stuck + learning) / 2
 
 
 def and_so(found: Mapping[str, object], worst: str) -> str:

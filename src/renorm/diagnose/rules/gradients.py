@@ -400,7 +400,7 @@ def no_gradient(evidence: Evidence) -> Iterator[Found]:
 def thrown_away(evidence: Evidence, name: str) -> bool:
     """Whether a layer was called, and nothing that its results went into is the loss or came out of the model."""
     calls = calls_of(evidence, name)
-    if not calls or evidence.run.loss is None:
+    if not any(node.kind in WEIGHTED for node in calls) or evidence.run.loss is None:  # others are C35's
         return False
     ends = {id(tensor) for tensor in (evidence.run.loss, *evidence.run.outputs)}
     ends |= {id(t) for module in evidence.model.modules() for t in tensors_in(list(vars(module).values()))}

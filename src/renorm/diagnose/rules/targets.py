@@ -65,7 +65,7 @@ def classes_in_another_dimension(evidence: Evidence) -> Iterator[Found]:
         classes = numbers.shape[1]
         still = bool((steps == 0).all())
         # Scores of positions, as of a pointer, are a choice; so are units that are no multiple of the classes.
-        if count % classes or (still and (numbers.dim() < 3 or count != classes)):
+        if count % classes or (still and count != classes):
             continue
         where = "other positions of the same unit" if still else "a mixture of units and positions"
         yield Found(
