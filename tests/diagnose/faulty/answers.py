@@ -228,3 +228,112 @@ def branch_that_goes_nowhere() -> Program:
 
     model = Net()
     return Program(model, nn.CrossEntropyLoss(), _rows(), _adam(model))
+
+
+# ---- a second round
+
+
+@fault("C02b")
+def tanh_before_bce_with_logits() -> Program:
+    """The last layer of a binary classifier ends in a tanh."""
+    model = _mlp(12, 1, nn.Tanh(), nn.Flatten(0))
+    return Program(model, nn.BCEWithLogitsLoss(), (torch.randn(32, 12), torch.randint(2, (32,)).float()), _adam(model))
+
+
+@fault("C10")
+def gelu_before_bce_with_logits() -> Program:
+    """An activation behind every layer: no logit is below -0.17."""
+    model = _mlp(12, 1, nn.GELU(), nn.Flatten(0))
+    return Program(model, nn.BCEWithLogitsLoss(), (torch.randn(32, 12), torch.randint(2, (32,)).float()), _adam(model))
+
+
+@fault("C08")
+def clamped_predictions() -> Program:
+    """A regression's output is clamped to [0, 1], and its targets are not there."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _mlp(12, 1)
+
+        def forward(self, x):
+            return self.net(x).clamp(0, 1)
+
+    model = Net()
+    return Program(model, nn.MSELoss(), (torch.randn(32, 12), 3 * torch.randn(32, 1)), _adam(model))
+
+
+@fault("C08")
+def capped_predictions() -> Program:
+    """The output is capped at 1 from above only; most targets are larger."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _mlp(12, 1)
+
+        def forward(self, x):
+            return torch.clamp(self.net(x), max=1.0)
+
+    model = Net()
+    return Program(model, nn.L1Loss(), (torch.randn(32, 12), torch.randn(32, 1) + 3), _adam(model))
+
+
+@fault("C37")
+def lower_bound_minimized() -> Program:
+    """A variational autoencoder that minimizes the evidence's lower bound."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(24, 8), nn.Linear(4, 24)
+
+        def forward(self, x):
+            mean, log_var = self.encode(x).chunk(2, 1)
+            return self.decode(mean + torch.randn_like(mean) * (log_var / 2).exp()), mean, log_var
+
+    def bound(output, x):
+        logits, mean, log_var = output
+        fit = -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+        return (fit + 0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(1)).mean()
+
+    model, x = Net(), torch.rand(32, 24)
+    return Program(model, bound, (x, x), _adam(model))
+
+
+@fault("C43")
+def teacher_learns_from_its_student() -> Program:
+    """The teacher is part of the model, and nothing keeps the gradient from it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(12, 4), _mlp(12, 4)
+
+        def forward(self, x):
+            return self.student(x), self.teacher(x)
+
+    def loss(output, target):
+        student, teacher = output
+        soft = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+        return soft + F.cross_entropy(student, target)
+
+    model = Net()
+    return Program(model, loss, _rows(), _adam(model))
+
+
+@fault("C44")
+def channels_moved_by_a_view() -> Program:
+    """Images as (N, H, W, 3) become (N, 3, H, W) by view."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            n, h, w, c = x.shape
+            return self.head(F.relu(self.conv(x.view(n, c, h, w))).mean((2, 3)))
+
+    model = Net()
+    return Program(model, nn.CrossEntropyLoss(), (torch.randn(16, 10, 10, 3), torch.randint(4, (16,))), _adam(model))

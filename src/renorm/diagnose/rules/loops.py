@@ -116,14 +116,21 @@ report = w.report
     good=PLAYERS.format("maker"),
 )
 def model_without_optimizer(history: History) -> Iterator[Found]:
-    """Of several models under several optimizers, one whose parameters with gradients are in no group."""
-    if len(history.optimizers) < 2 or history.optimizer is not history.optimizers[0] or len(history.samples) < 3:
+    """Of several models, one whose parameters with gradients are in no group; a warning under a single optimizer."""
+    if history.optimizer is not history.optimizers[0] or len(history.samples) < 3:
+        return
+    alone = len(history.optimizers) == 1
+    if alone and len(history.samples[-1].modes) < 2:  # parts of one model are trained by choice
         return
     held = {p for optimizer in history.optimizers for group in optimizer.param_groups for p in group["params"]}
     for label, model in history.model.named_children():
         own = list(model.parameters())
         if own and all(p.requires_grad and p.grad is not None and p not in held for p in own):
-            yield Found(f"all {len(own)} parameters of {label} have gradients and are in no optimizer", module=label)
+            yield Found(
+                f"all {len(own)} parameters of {label} have gradients and are in no optimizer that is watched",
+                module=label,
+                severity="warning" if alone else None,
+            )
 
 
 NORMED = "model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))"

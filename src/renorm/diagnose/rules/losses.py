@@ -197,10 +197,20 @@ def bounded_logits(evidence: Evidence) -> Iterator[Found]:
     """The last operation is the activation, and the values are in its range."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind != "cross_entropy" or kind_of(node) not in ("sigmoid", "tanh", "hardsigmoid"):
+        binary = call.kind == "binary_cross_entropy_with_logits" and kind_of(node) == "tanh"
+        known = kind_of(node) in ("sigmoid", "tanh", "hardsigmoid")
+        if not (binary or (call.kind == "cross_entropy" and known and call.input.dim() > 1)):
             continue
         low, high = RANGES[kind_of(node)]
-        if call.input.dim() < 2 or not between(call.input, low, high):
+        if not between(call.input, low, high):
+            continue
+        if binary:
+            yield Found(
+                f"{said(node)} bounds the logits to [-1, 1]: no probability is below 0.27 or above 0.73",
+                module=node.name if node else "",
+                fix=without(node, "the tanh"),
+                mend=drop(node),
+            )
             continue
         classes = call.input.shape[1]
         floor = math.log(1 + (classes - 1) * math.exp(low - high))
@@ -507,13 +517,13 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
         node = evidence.blame(call.input)
         if call.kind in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
             low, high, by = 0.0, 1.0, call.kind
-        elif call.kind in REGRESSION and kind_of(node) in RANGES:
-            (low, high), by = RANGES[kind_of(node)], said(node)
+        elif call.kind in REGRESSION and reach(node) is not None:
+            (low, high), by = reach(node) or (0.0, 0.0), said(node)
         else:
             continue
         target = call.target.detach().float()
         margin = 1e-3 * (
-            high - low if math.isfinite(high) else max(1.0, float(target.abs().max() if target.numel() else 1))
+            high - low if math.isfinite(high - low) else max(1.0, float(target.abs().max() if target.numel() else 1))
         )
         outside = (target < low - margin) | (target > high + margin)
         matters = counted(evidence, call)
@@ -521,10 +531,11 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
             outside &= matters
         if target.numel() and float(outside.float().mean()) > 0.01:
             a, b = (float(value) for value in target.aminmax())
-            reach = f"[{low:g}, {high:g}]" if math.isfinite(high) else f"{low:g} and above"
+            inside = f"[{low:g}, {high:g}]" if math.isfinite(high - low) else f"{low:g} and above"
+            inside = f"{high:g} and below" if math.isinf(low) else inside
             logits = call.kind not in REGRESSION
             yield Found(
-                f"{int(outside.sum())} of {target.numel()} targets are outside of {reach}, which is all that {by} "
+                f"{int(outside.sum())} of {target.numel()} targets are outside of {inside}, which is all that {by} "
                 f"{'is made for' if logits else 'gives'} (targets from {a:.3g} to {b:.3g})",
                 module=node.name if node and not logits else "",
                 fix="# scale the targets to 0 and 1; for real values use torch.nn.MSELoss on the outputs as they are"
@@ -532,6 +543,19 @@ def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
                 else without(node, f"the {kind_of(node)}"),
                 mend=None if logits else drop(node),
             )
+
+
+def reach(node: Node | None) -> tuple[float, float] | None:
+    """What a call can give; None where that is everything."""
+    if node is None or node.kind not in ("clamp", "clip", "hardtanh", "Hardtanh"):
+        return RANGES.get(kind_of(node))
+    names = ("min_val", "max_val") if node.kind.lower() == "hardtanh" else ("min", "max")
+    if node.module is not None:
+        return float(node.module.min_val), float(node.module.max_val)  # type: ignore[arg-type]
+    given = [node.kwargs.get(n, node.args[i] if len(node.args) > i else None) for i, n in enumerate(names, 1)]
+    if any(isinstance(limit, Tensor) for limit in given) or given == [None, None]:
+        return None
+    return -math.inf if given[0] is None else float(given[0]), math.inf if given[1] is None else float(given[1])
 
 
 SIGNED = ("cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss")
@@ -600,6 +624,9 @@ def unbatched_cross_entropy(evidence: Evidence) -> Iterator[Found]:
                 )
 
 
+LOWEST = {"relu": 0.0, "relu6": 0.0, "softplus": 0.0, "gelu": -0.17, "silu": -0.28, "mish": -0.31, "elu": -1.0}
+
+
 @rule(
     "C10",
     "activation-before-cross-entropy",
@@ -615,18 +642,19 @@ def activation_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
     """A head that ends in a ReLU, with zeros among its outputs, or in front of targets that ask for negative logits."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind in ("cross_entropy", "binary_cross_entropy_with_logits") and kind_of(node) == "relu":
+        low = LOWEST.get(kind_of(node).lower())
+        if call.kind == "binary_cross_entropy_with_logits" and low is not None and bool((call.target < 0.5).any()):
+            share, least = float((call.target < 0.5).float().mean()), 1 / (1 + math.exp(-low))
+            yield Found(
+                f"{said(node)} leaves no logit below {low:g} in front of {call.kind}: no probability can be below "
+                f"{least:.2g}, and {share:.0%} of the targets are",
+                module=node.name if node else "",
+                fix=without(node, "the activation"),
+                mend=drop(node),
+            )
+        elif call.kind == "cross_entropy" and kind_of(node) == "relu":
             zeros = float((call.input.detach() == 0).float().mean())
-            if call.kind != "cross_entropy" and bool((call.target < 0.5).any()):
-                yield Found(
-                    f"{said(node)} leaves no logit below 0 in front of {call.kind}: no probability can be below 0.5, "
-                    f"and "
-                    f"{float((call.target < 0.5).float().mean()):.0%} of the targets are",
-                    module=node.name if node else "",
-                    fix=without(node, "the ReLU"),
-                    mend=drop(node),
-                )
-            elif zeros > 0.1:
+            if zeros > 0.1:
                 yield Found(
                     f"{said(node)} makes {zeros:.0%} of the logits 0 in front of {call.kind}",
                     module=node.name if node else "",

@@ -14,6 +14,7 @@ from renorm.diagnose.history import History, Sample
 from renorm.diagnose.rules.statistics import listed
 
 SETTLED = 100  # steps, before which a schedule may still warm up and layers that start at zero are on their way
+FEW = 8  # entries of a matrix
 PLATEAU = 0.02  # of the first losses: a loss that fell by less has not fallen
 
 TRAIN = """
@@ -243,8 +244,8 @@ def grown_up(history: History, name: str) -> bool:
     first = history.first
     if first is None or not first.weights.get(name):
         return False
-    rms = first.weights[name] / math.sqrt(math.prod(history.sizes[name]))
-    return rms > 1e-3
+    entries = math.prod(history.sizes[name])  # a few numbers may all be near zero by chance
+    return entries >= FEW and first.weights[name] / math.sqrt(entries) > 1e-3
 
 
 def too_small(history: History) -> Iterator[Found]:

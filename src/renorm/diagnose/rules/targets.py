@@ -11,7 +11,8 @@ from torch import Tensor
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries, mapped
 from renorm.diagnose.rules.losses import REGRESSION, drop, given, linear, said, without
-from renorm.diagnose.trace import Node, tensors_in
+from renorm.diagnose.rules.parameters import held_by, listed
+from renorm.diagnose.trace import LossCall, Node, tensors_in
 
 # Views that can be done again on numbers of the features.
 # fmt: off
@@ -135,8 +136,16 @@ def loss(output, target):
 def loss_rises_towards_the_target(evidence: Evidence) -> Iterator[Found]:
     """For every sample; of class scores and single numbers only where the loss is negative, which no distance is."""
     loss, target = evidence.run.loss, evidence.target
+    if loss is None or evidence.loss is None or not loss.requires_grad:
+        return
+    against = [call.kind for call in evidence.losses if opposed(loss, call)]
+    if evidence.loss < 0 and against and len(against) == len(evidence.losses):
+        yield Found(
+            f"the loss, {evidence.loss:.3g}, falls where {listed(against)} rises: its sign is wrong", fix="loss = -loss"
+        )
+        return
     outputs = [y for y in evidence.run.outputs if y.is_floating_point() and y.requires_grad]
-    if loss is None or evidence.loss is None or len(outputs) != 1 or not isinstance(target, Tensor):
+    if len(outputs) != 1 or not isinstance(target, Tensor):
         return
     output = outputs[0]
     if output.dim() == 0 or len(output) < 4 or target.dim() == 0 or len(target) != len(output):
@@ -156,6 +165,21 @@ def loss_rises_towards_the_target(evidence: Evidence) -> Iterator[Found]:
             "the target: its sign is wrong",
             fix="loss = 1 - score" if masks and evidence.loss >= 0 else "loss = -loss",
         )
+
+
+def opposed(loss: Tensor, call: LossCall) -> bool:
+    """Whether the whole loss falls, for each sample, in the direction in which this call's value rises."""
+    value = call.node.outputs[0] if call.node.outputs else None
+    if value is None or not value.requires_grad or not call.input.requires_grad or call.input.dim() == 0:
+        return False
+    try:
+        (whole,) = torch.autograd.grad(loss, call.input, retain_graph=True, allow_unused=True)
+        (own,) = torch.autograd.grad(value.sum(), call.input, retain_graph=True, allow_unused=True)
+    except RuntimeError:  # no way back
+        return False
+    if whole is None or own is None or not bool(own.any()):
+        return False
+    return bool(((whole * own).reshape(len(own), -1).sum(1) < 0).all())
 
 
 def approach(output: Tensor, target: Tensor) -> Tensor | None:
@@ -309,3 +333,123 @@ def batch_norm_on_the_output(evidence: Evidence) -> Iterator[Found]:
                 fix=without(node, "the batch norm"),
                 mend=drop(node),
             )
+
+
+TAUGHT = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.student(x), self.teacher(x){}
+
+model = Net()
+optimizer = torch.optim.Adam(model.parameters())
+batch = torch.randn(32, 8), torch.randint(3, (32,))
+def loss(output, target):
+    student, teacher = output
+    return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+"""
+
+
+@rule(
+    "C43",
+    "teacher-is-trained",
+    "warning",
+    title="The loss trains the teacher towards its student",
+    why="The two meet where it is easiest, at a constant: the teacher forgets what it knows, and the loss falls to 0.",
+    fix="with torch.no_grad(): around the teacher, teacher.requires_grad_(False), and an optimizer without it.",
+    source="Hinton, Vinyals & Dean 2015, Distilling the knowledge in a neural network (1503.02531): the teacher is "
+    "fixed",
+    bad=TAUGHT.format(""),
+    good=TAUGHT.format(".detach()"),
+)
+def teacher_is_trained(evidence: Evidence) -> Iterator[Found]:
+    """Of a module that is called so, with gradients that are not zero, in the optimizer."""
+    held = held_by(evidence)
+    if held is None:
+        return
+    parameters = dict(evidence.model.named_parameters())
+    names = [
+        name
+        for name, gradient in evidence.gradients.items()
+        if any(map(is_teacher, name.split(".")))
+        and gradient is not None
+        and id(parameters[name]) in held
+        and bool(entries(gradient).any())
+    ]
+    if names and len(names) < len(evidence.gradients):
+        parts = names[0].split(".")
+        root = next(".".join(parts[: i + 1]) for i in range(len(parts)) if is_teacher(parts[i]))
+        yield Found(
+            f"{len(names)} tensors of the teacher get gradients and are in the optimizer ({listed(names)})",
+            module=names[0].rpartition(".")[0],
+            fix=f"model.{root}.requires_grad_(False)",
+        )
+
+
+def is_teacher(part: str) -> bool:
+    """Whether a module's name says that it teaches."""
+    return "teacher" in part.lower() or part.lower() in ("ema", "momentum_encoder", "key_encoder")
+
+
+MOVED = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = x.{}
+        return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+model = Net()
+loss = nn.CrossEntropyLoss()
+batch = torch.randn(16, 12, 10, 3), torch.randint(4, (16,))
+"""
+
+
+@rule(
+    "C44",
+    "view-where-dimensions-change-places",
+    "warning",
+    title="A view where dimensions were to change places",
+    why="view and reshape keep the order of memory and only cut it anew: the pixels of an image of (H, W, 3) as (3, "
+    "H, W) "
+    "are three stripes of mixed colours.",
+    fix="x.permute(0, 3, 1, 2) for (N, H, W, C) to (N, C, H, W).",
+    source="torch.Tensor.view; the sizes of the result are those of the input in another order",
+    bad=MOVED.format("reshape(16, 3, 12, 10)"),
+    good=MOVED.format("permute(0, 3, 1, 2)"),
+)
+def view_where_dimensions_change_places(evidence: Evidence) -> Iterator[Found]:
+    """As many dimensions, the same sizes and another order, of floats that come from the batch or a layer."""
+    for node in evidence.trace.of_kind("view", "reshape"):
+        if node.module is not None or not node.inputs or not node.outputs or not node.inputs[0].is_floating_point():
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        before, after = ([n for n in z.shape if n > 1] for z in (x, y))
+        if x.dim() != y.dim() or len(before) < 3 or before == after or sorted(before) != sorted(after):
+            continue
+        if isinstance(x, torch.nn.Parameter):
+            continue
+        yield Found(
+            f"{node.where} makes {linear(tuple(y.shape))} of {linear(tuple(x.shape))}: the same sizes in another "
+            "order, "
+            "and the values stay where they were",
+            module=node.name,
+            fix=f"x.permute({', '.join(map(str, places(tuple(x.shape), tuple(y.shape))))})",
+        )
+        return
+
+
+def places(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+    """A permutation that makes one shape of the other."""
+    left = list(range(len(before)))
+    found = []
+    for size in after:
+        place = next(i for i in left if before[i] == size)
+        left.remove(place)
+        found.append(place)
+    return found
