@@ -60,9 +60,9 @@ its last argument. Missed were, among others, loops without `backward()` or `ste
 had brought to nothing, a loss of the wrong sign, cross-entropy over the wrong dimension, a language model whose targets
 are its inputs, gradients clipped to nothing, and validation in training mode.
 
-Rules were changed and added since, with these programs in view: what that set says now is no estimate any more. A second
-one was written then, by one who knew the rules, and run once, too: of 47 healthy programs, chosen to be near the new
-rules, none got an error or a warning; of 44 faulty ones 36 were found (81.8%) and 35 diagnosed (79.5%), none with a
+Rules were changed and added since, with these programs in view: what that set says now is no estimate any more. A
+second one was written then, by one who knew the rules, and run once, too: of 47 healthy programs, chosen to be near the
+new rules, none got an error or a warning; of 44 faulty ones 36 were found (81.8%) and 35 diagnosed (79.5%), none with a
 false error. It led to further rules. Those programs that showed a defect are in the tables below.
 """
 

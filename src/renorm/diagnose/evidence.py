@@ -29,7 +29,7 @@ __all__ = ["Evidence", "Run", "entries", "forward", "gather", "preserved"]
 
 Loss = Callable[..., Tensor]
 # How the arguments of a forward begin that are targets.
-TARGETS = ("y", "target", "label", "tgt", "truth", "gt")
+TARGETS = ("y_", "target", "label", "tgt", "truth", "gt")
 
 
 @dataclass
@@ -184,6 +184,8 @@ def gather(
     inputs, target = parted(batch)
     if loss is None and _takes_targets(model, batch):
         inputs, target = tuple(batch), None
+    elif loss is not None and isinstance(batch, Mapping) and _needs_target(loss):
+        inputs, target = _parted_by_name(model, loss, batch)
     seed = _RandomState()
     loose = {id(tensor): tensor for item in hidden(model) for tensor in item.tensors}
     before = [(tensor, tensor.detach().clone()) for tensor in tensors_in(inputs) if tensor.layout is torch.strided]
@@ -217,7 +219,48 @@ def _takes_targets(model: nn.Module, batch: Any) -> bool:
         signature.bind(*batch[:-1])
     except TypeError:
         return True
-    return last.lower().startswith(TARGETS)
+    return _is_target(last)
+
+
+def _parted_by_name(model: nn.Module, loss: Loss, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(inputs, target) of a dict for a loss of two: the entry that is named as targets are, or the whole dict.
+
+    The model gets what its forward names; a single entry that it does not name is its input.
+    """
+    targets = [name for name in batch if _is_target(str(name))]
+    names, known = _arguments(model.forward), _arguments(loss)
+    # A function of one's own may take the batch apart itself.
+    whole = len(targets) != 1 or not (_is_target(known[1]) or known[1] == "other")
+    rest = {name: value for name, value in batch.items() if name not in targets or name in names}
+    anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    taken = {name: value for name, value in rest.items() if anything or name in names}
+    inputs = next(iter(rest.values())) if not taken and len(rest) == 1 else taken or batch
+    return inputs, batch if whole else batch[targets[0]]
+
+
+def _needs_target(loss: Loss) -> bool:
+    """Whether a loss cannot be called with an output alone."""
+    try:
+        inspect.signature(getattr(loss, "forward", loss)).bind(None)
+    except TypeError:
+        return len(_arguments(loss)) > 1
+    except ValueError:  # nobody knows
+        pass
+    return False
+
+
+def _is_target(name: str) -> bool:
+    """Whether an argument or a key is named as targets are."""
+    return name.lower() == "y" or name.lower().startswith(TARGETS)
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of the positional arguments that a call must or may give; none where nobody knows."""
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Run:

@@ -39,7 +39,9 @@ def first_weights(evidence: Evidence) -> Iterator[tuple[Node, Tensor]]:
         if node.kind == "matmul" and not any(isinstance(tensor, nn.Parameter) for tensor in node.inputs[1:]):
             continue
         values = node.inputs[0] if node.inputs else None
-        if values is not None and values.is_floating_point() and values.numel() > 1 and _of_batch(evidence, node):
+        if values is None or values.layout is not torch.strided:
+            continue
+        if values.is_floating_point() and values.numel() > 1 and _of_batch(evidence, node):
             yield node, values
 
 
@@ -105,7 +107,7 @@ def input_scale(evidence: Evidence) -> Iterator[Found]:
 def all_alike(evidence: Evidence) -> bool:
     """Whether every input has one row again and again, while the targets differ."""
     size = evidence.batch_size
-    rows = [x for x in tensors_in(evidence.inputs) if x.dim() > 0 and len(x) == size]
+    rows = [x for x in tensors_in(evidence.inputs) if x.dim() > 0 and len(x) == size and x.layout is torch.strided]
     targets = [t for t in tensors_in(evidence.target) if t.dim() > 0 and len(t) == size]
     if size < 8 or not rows or len(rows) < len(tensors_in(evidence.inputs)) or not any(x[0].numel() > 1 for x in rows):
         return False
