@@ -116,6 +116,7 @@ class Watch:
         self._locating = 0  # steps for which values that are not finite are searched
         self._told = 0  # losses
         self._start: list[Tensor] = []  # norms of the parameters
+        self._norms: list[nn.modules.batchnorm._BatchNorm] = []
 
     # ---- what the user calls
 
@@ -200,6 +201,7 @@ class Watch:
             track.stepped = self._total
         with self._safely():
             self._start = self._sizes()
+            self._norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             self._arm()
         return self
 
@@ -230,8 +232,8 @@ class Watch:
 
     def _count(self, track: _Track, *, validation: bool = False) -> None:
         """How many batches a batch norm took in besides those of the steps, at a validation."""
-        norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
-        counter = next((m.num_batches_tracked for m in norms if m.num_batches_tracked is not None), None)
+        norms = (m.num_batches_tracked for m in self._norms if m.training)
+        counter = next((count for count in norms if count is not None), None)
         step, before = track.history.step, track.counts
         if counter is None or len(self._tracks) > 1:
             track.counts = None
