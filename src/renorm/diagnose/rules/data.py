@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
-from renorm.diagnose.rules.losses import REGRESSION, counted, linear, said
+from renorm.diagnose.rules.calls import REGRESSION, counted, linear, said
 from renorm.diagnose.trace import WEIGHTED, LossCall, Node, kind_of_module, tensors_in
 
 NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "norm"})

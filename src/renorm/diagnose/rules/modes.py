@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence, Run
-from renorm.diagnose.rules.losses import drop, without
+from renorm.diagnose.rules.calls import drop, without
 from renorm.diagnose.rules.parameters import apart
 from renorm.diagnose.rules.statistics import called, is_norm, listed, norm_calls, over_channels, path
 from renorm.diagnose.trace import Node

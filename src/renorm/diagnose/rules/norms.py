@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence
-from renorm.diagnose.rules.losses import drop, linear
+from renorm.diagnose.rules.calls import drop, linear
 from renorm.diagnose.rules.statistics import NormCall, called, is_norm, listed, norm_call, norm_calls, path
 from renorm.diagnose.trace import Node
 

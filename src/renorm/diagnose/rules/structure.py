@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import RULES, Found, rule
 from renorm.diagnose.evidence import Evidence, Run, mapped
-from renorm.diagnose.rules.losses import linear
+from renorm.diagnose.rules.calls import linear
 from renorm.diagnose.rules.statistics import called, listed, norm_calls, path
 from renorm.diagnose.trace import Node, tensors_in
 from renorm.norms.norm import Norm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries, mapped
-from renorm.diagnose.rules.losses import REGRESSION, drop, given, linear, said, without
+from renorm.diagnose.rules.calls import REGRESSION, drop, given, linear, said, without
 from renorm.diagnose.rules.parameters import held_by, listed
 from renorm.diagnose.trace import LossCall, Node, tensors_in
 
