@@ -66,7 +66,7 @@ def check(
     failures: list[str] = []
     with preserved(inner, loss, batch), _rewound(loader):
         evidence = gather(inner, loss, optimizer, batch, loader)
-        for rule in list(RULES.values()):
+        for rule in sorted(RULES.values(), key=lambda rule: rule.id):  # whatever order their files were imported in
             names = {rule.id, rule.slug}
             if rule.when == "check" and not names & set(ignore) and (not rule.opt_in or names & set(include)):
                 try:
