@@ -18,6 +18,8 @@ from renorm.errors import RuleError
 
 __all__ = ["check"]
 
+SYMPTOMS = ("C00", "C11", "C11b")  # told behind what causes them
+
 
 def check(
     model: nn.Module,
@@ -66,7 +68,7 @@ def check(
     failures: list[str] = []
     with preserved(inner, loss, batch), _rewound(loader):
         evidence = gather(inner, loss, optimizer, batch, loader)
-        for rule in sorted(RULES.values(), key=lambda rule: rule.id):  # whatever order their files were imported in
+        for rule in sorted(RULES.values(), key=lambda rule: (rule.id in SYMPTOMS, rule.id)):
             names = {rule.id, rule.slug}
             if rule.when == "check" and not names & set(ignore) and (not rule.opt_in or names & set(include)):
                 try:
