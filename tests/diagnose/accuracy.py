@@ -42,6 +42,28 @@ faults: that is for `watch`, or for nobody.
 *Found*: there is an error or a warning; or an info, where the rule for this fault says no more (a bias in front of
 a batch norm is waste, not a mistake). *Diagnosed*: one of the rules that name the fault is among the findings. *False*:
 a finding by a rule that is not true of the program.
+
+## On programs that no rule was written for
+
+On 29 November 2026 another set was written from this documentation alone, before its author had read a rule: 94 healthy
+programs as tutorials, competitions and research code have them, each with a training loop of 30 to 300 steps, and 136
+faulty ones, each kind of fault in a setting away from the obvious one. `check` and `watch` ran over all of them once,
+and nothing was changed before these numbers were taken:
+
+| | programs | at the first run |
+|---|---|---|
+| healthy | 94 | 8 with an error (8.5%), 3 with a warning (3.2%) |
+| faulty | 136 | 107 found (78.7%), 105 diagnosed (77.2%); with false errors: 2 |
+
+All 8 errors were one defect: a model that takes the whole batch, targets too, and returns its loss was called without
+its last argument. Missed were, among others, loops without `backward()` or `step()`, a learning rate that a scheduler
+had brought to nothing, a loss of the wrong sign, cross-entropy over the wrong dimension, a language model whose targets
+are its inputs, gradients clipped to nothing, and validation in training mode.
+
+Rules were changed and added since, with these programs in view: what that set says now is no estimate any more. A
+second one was written then, by one who knew the rules, and run once, too: of 47 healthy programs, chosen to be near the
+new rules, none got an error or a warning; of 44 faulty ones 36 were found (81.8%) and 35 diagnosed (79.5%), none with a
+false error. It led to further rules. Those programs that showed a defect are in the tables below.
 """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from renorm.diagnose import RULES, Found, Report, check, rule
+from renorm.diagnose.evidence import gather
 from renorm.diagnose.hidden import attributes
 from renorm.errors import RuleError
 
@@ -549,3 +550,104 @@ def test_reports_as_values_and_as_text():
     assert "C01" in str(report)
     assert "softmax" in report._repr_html_()
     assert str(Report(())) == "no findings"
+
+
+# ---- what a batch may be
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, image, scale=1.0):
+        return self.net(image) * scale
+
+
+class Everything(Named):
+    def forward(self, image, **others):
+        return self.net(image)
+
+
+def own(output, batch):
+    return F.cross_entropy(output, batch["label"])
+
+
+def alone(output, weight=None):
+    return output.square().mean()
+
+
+@pytest.mark.parametrize("model", [Named, Everything])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), F.cross_entropy, own, alone])
+def test_a_dict_may_hold_the_target(model, loss):
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    model = model()
+    batch = {"image": x, "label": y} if loss is not alone else {"image": x}
+    evidence = gather(model, loss, None, batch, None)
+    assert evidence.run.error is None
+    expected = alone(model(x)) if loss is alone else F.cross_entropy(model(x), y)
+    assert torch.equal(evidence.run.loss, expected)
+
+
+def test_a_dict_of_one_input_is_given_by_position():
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    model = nn.Linear(4, 3)
+    evidence = gather(model, nn.CrossEntropyLoss(), None, {"features": x, "y": y}, None)
+    assert torch.equal(evidence.run.loss, F.cross_entropy(model(x), y))
+
+
+def test_a_model_that_takes_targets_and_returns_its_loss():
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+
+    class Pair(Named):
+        def forward(self, x, targets=None):
+            return self.net(x), None if targets is None else F.cross_entropy(self.net(x), targets)
+
+    class Flag(Named):
+        def forward(self, x, verbose=False):
+            return self.net(x).square().mean()
+
+    assert gather(Pair(), None, None, (x, y), None).loss > 0
+    flagged = gather(Flag(), None, None, (x, y), None)
+    assert flagged.run.error is None
+    assert torch.equal(flagged.target, y)
+
+
+def test_a_model_that_writes_into_its_input_is_run_on_what_came():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.net(x.sub_(5))
+
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    before, model = x.clone(), Shift()
+    evidence = gather(model, nn.CrossEntropyLoss(), None, (x, y), None)
+    assert torch.equal(x, before - 5)
+    for training in (True, False):
+        assert torch.equal(evidence.again(training=training).loss, evidence.run.loss)
+    assert evidence.backward_error is None
+    x.copy_(before)
+    report = check(model, nn.CrossEntropyLoss(), batch=(x, y))
+    assert [finding.id for finding in report.findings] == ["C40"]
+    assert torch.equal(x, before)
+
+
+def test_a_sparse_input_is_not_judged():
+    report = check(nn.Linear(4, 3), nn.CrossEntropyLoss(), batch=(torch.eye(16, 4).to_sparse(), torch.arange(16) % 3))
+    assert not report.failures
+    assert report.ok
+
+
+def test_the_failure_of_a_rule_is_told_in_short():
+    @rule("X01", "fails", "warning", title="t", why="w", fix="f", source="s")
+    def fails(evidence):
+        raise KeyError("long " * 200)
+
+    try:
+        report = check(nn.Linear(4, 3), nn.CrossEntropyLoss(), batch=(torch.randn(16, 4), torch.arange(16) % 3))
+    finally:
+        del RULES["X01"]
+    assert len(report.failures[0]) < 400

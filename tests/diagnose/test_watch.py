@@ -1053,3 +1053,96 @@ def test_a_learning_rate_may_be_a_tensor():
     model = net()
     w = watched(model, torch.optim.SGD(model.parameters(), torch.tensor(0.25), foreach=False), count=2)
     assert set(w.history.last.rates.values()) == {0.25}
+
+
+# ---- loops
+
+
+def test_an_optimizer_that_never_steps_is_named():
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    with rn.watch(model, torch.optim.Adam(model.parameters()), on_error="silent") as w:
+        for _ in range(60):
+            w.step(F.cross_entropy(model(X[:32]), Y[:32]))
+    assert all(map(torch.equal, model.parameters(), before))
+    assert [finding.message for finding in w.report.errors] == [
+        "50 losses, and not one step of Adam: no weight has changed"
+    ]
+
+
+def test_weights_that_move_without_a_step_that_is_seen_are_no_error():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)  # another one steps, as a compiled step is not seen
+    with rn.watch(model, optimizer, on_error="silent") as w:
+        for _ in range(60):
+            loss = F.cross_entropy(model(X[:32]), Y[:32])
+            loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+            model.zero_grad()
+            w.step(loss)
+    assert not w.report.errors
+
+
+def test_gradients_that_were_set_to_zero_are_none():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with rn.watch(model, optimizer, on_error="silent") as w:
+        for _ in range(5):
+            loss = F.cross_entropy(model(X[:32]), Y[:32])
+            loss.backward()
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.step()
+            w.step(loss)
+    assert "the gradients of all 6 parameters are 0 when SGD steps" in str(w.report)
+
+
+def test_a_frozen_part_may_step_without_gradients():
+    model = net().requires_grad_(False)
+    other = nn.Linear(8, 3)
+    optimizers = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(other.parameters(), 0.1)
+    with rn.watch({"frozen": model, "other": other}, optimizers, on_error="silent") as w:
+        for _ in range(5):
+            loss = F.cross_entropy(other(X[:32]), Y[:32])
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+                w.step(loss)
+    assert "W23" not in {finding.id for finding in w.report.findings}
+
+
+@pytest.mark.parametrize("mode", ["eval", "back to train", "train"])
+def test_batches_that_validation_takes_in(mode):
+    model = net()
+
+    def validate(step):
+        if step % 15 == 14:
+            model.train(mode == "train")
+            with torch.no_grad():
+                loss = torch.stack([F.cross_entropy(model(X[i : i + 64]), Y[i : i + 64]) for i in (0, 64, 128)]).mean()
+            model.train(mode != "eval")
+            w.validate(loss)
+            model.train()
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with rn.watch(model, optimizer, on_error="silent") as w:
+        steps(model, optimizer, w, 110, each=validate)
+    found = [finding.message for finding in w.report.findings if finding.id == "W26"]
+    expected = ["batch norms took in 3 batches in training mode between the last step and validate()"]
+    assert found == (expected if mode == "train" else [])
+
+
+def test_a_model_beside_the_one_that_is_trained():
+    maker, judge = nn.Linear(4, 8), nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(judge.parameters(), 0.1)
+    with rn.watch({"maker": maker, "judge": judge}, optimizer, on_error="silent") as w:
+        for _ in range(30):
+            loss = F.softplus(judge(maker(torch.randn(32, 4)))).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            w.step(loss)
+    found = [(f.severity, f.module) for f in w.report.findings if f.id == "W25"]
+    assert found == [("warning", "maker")]

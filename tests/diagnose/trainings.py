@@ -506,6 +506,66 @@ def short_floats(watch):
     return fit(watch, model, optimizer, (x, x[:, :3].argmax(1)), F.cross_entropy, 250, 32)
 
 
+def two_phases_with_an_optimizer_each(watch):
+    encode, decode, head = nn.Sequential(nn.Linear(16, 32), nn.ReLU()), nn.Linear(32, 16), nn.Linear(32, 3)
+    first = torch.optim.Adam([*encode.parameters(), *decode.parameters()], 1e-3)
+    second = torch.optim.Adam(head.parameters(), 1e-3)
+    x = torch.randn(500, 16)
+    losses = []
+    with watch({"encode": encode, "decode": decode, "head": head}, (first, second)) as w:
+        for step in range(200):
+            i = torch.randint(500, (32,))
+            optimizer = first if step < 100 else second
+            if step < 100:
+                loss = F.mse_loss(decode(encode(x[i])), x[i])
+            else:
+                with torch.no_grad():
+                    features = encode(x[i])
+                loss = F.cross_entropy(head(features), x[i, :3].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            w.step(loss)
+            losses.append(loss.item())
+    return w, losses
+
+
+def weights_shaken_twice_a_step(watch):
+    model = mlp(8, 64, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    x = torch.randn(500, 8)
+    y = x[:, :3].argmax(1)
+    losses = []
+    with watch(model, optimizer) as w:
+        for _ in range(150):
+            i = torch.randint(500, (32,))
+            loss = F.cross_entropy(model(x[i]), y[i])
+            loss.backward()
+            size = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+            up = [0.05 * p.grad / size for p in model.parameters()]  # towards a larger loss nearby, and back
+            with torch.no_grad():
+                for p, change in zip(model.parameters(), up, strict=True):
+                    p += change
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[i]), y[i]).backward()
+            with torch.no_grad():
+                for p, change in zip(model.parameters(), up, strict=True):
+                    p -= change
+            optimizer.step()
+            optimizer.zero_grad()
+            w.step(loss)
+            losses.append(loss.item())
+    return w, losses
+
+
+def line_of_two_parameters(watch):
+    x = torch.linspace(0, 1, 100).unsqueeze(1)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    data = x[:80], 0.7 * x[:80] + 0.3
+    return fit(watch, model, optimizer, data, F.l1_loss, 150, 80, (x[80:], 0.7 * x[80:] + 0.3))
+
+
 ALL = {
     name: function
     for name, function in vars(sys.modules[__name__]).items()

@@ -18,6 +18,8 @@ from renorm.errors import RuleError
 
 __all__ = ["check"]
 
+SYMPTOMS = ("C00", "C11", "C11b")  # told behind what causes them
+
 
 def check(
     model: nn.Module,
@@ -37,7 +39,8 @@ def check(
             its loss, as a number or in ``output.loss``.
         optimizer: as it will be used.
         batch: what the loader gives: (x, y); (x1, x2, ..., y) or ((x1, x2), y) for several inputs; a dict of the
-            model's arguments.
+            model's arguments, and of the target, named "label", "target", "y" or alike. A model that returns its loss
+            may take all of it.
         loader: gives the batch where there is none, and the size of the last one.
         ignore: ids or slugs of rules to leave out.
         include: ids or slugs of rules that are left out otherwise, since they take long: ``include=("C29",)`` trains
@@ -65,13 +68,14 @@ def check(
     failures: list[str] = []
     with preserved(inner, loss, batch), _rewound(loader):
         evidence = gather(inner, loss, optimizer, batch, loader)
-        for rule in list(RULES.values()):
+        for rule in sorted(RULES.values(), key=lambda rule: (rule.id in SYMPTOMS, rule.id)):
             names = {rule.id, rule.slug}
             if rule.when == "check" and not names & set(ignore) and (not rule.opt_in or names & set(include)):
                 try:
                     findings += [Finding.of(rule, found) for found in rule.find(evidence)]
                 except Exception as error:  # one rule's bug must not cost the others' findings
-                    failures.append(f"rule {rule.id} ({rule.slug}) failed: {type(error).__name__}: {error}")
+                    said = " ".join(str(error).split())[:300]
+                    failures.append(f"rule {rule.id} ({rule.slug}) failed: {type(error).__name__}: {said}")
     return Report(ordered(findings), tuple(failures), inner, optimizer)
 
 

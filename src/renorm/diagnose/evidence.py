@@ -28,6 +28,8 @@ from renorm.errors import RuleError
 __all__ = ["Evidence", "Run", "entries", "forward", "gather", "preserved"]
 
 Loss = Callable[..., Tensor]
+# How the arguments of a forward begin that are targets.
+TARGETS = ("y_", "target", "label", "tgt", "truth", "gt")
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Evidence:
     run: Run  # of this batch, as the model was given: in its modes, with gradients
     seed: _RandomState = field(repr=False)
     loose: dict[int, Tensor] = field(default_factory=dict)  # in attributes before the run, not registered; by id
+    written: dict[int, Tensor] = field(default_factory=dict)  # values of inputs before the run wrote into them; by id
 
     @property
     def trace(self) -> Trace:
@@ -113,7 +116,14 @@ class Evidence:
         with preserved(*self._touched), torch.enable_grad():
             self.seed.restore()
             change(self.model)
-            return _gradients(forward(self.model, self.loss_function, self.inputs, self.target).loss, self.model)
+            return _gradients(forward(self.model, self.loss_function, self.fresh, self.target).loss, self.model)
+
+    @property
+    def fresh(self) -> Any:
+        """The inputs, as they were before the model wrote into them."""
+        if not self.written:
+            return self.inputs
+        return mapped(self.inputs, lambda x: self.written[id(x)].clone() if id(x) in self.written else x)
 
     @property
     def _touched(self) -> tuple[Any, ...]:
@@ -142,13 +152,13 @@ class Evidence:
             return forward(
                 self.model,
                 self.loss_function,
-                self.inputs if inputs is None else inputs,
+                self.fresh if inputs is None else inputs,
                 self.target if target is None else target,
             )
 
     def each_input(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The inputs with `function` applied to every tensor of them."""
-        return mapped(self.inputs, function)
+        return mapped(self.fresh, function)
 
     def each_target(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The target with `function` applied to every tensor of it."""
@@ -172,11 +182,17 @@ def gather(
             raise RuleError("check needs a batch, (x, y) as the loader gives it: write batch=(x, y) or loader=...")
         batch = next(iter(loader))
     inputs, target = parted(batch)
+    if loss is None and _takes_targets(model, batch):
+        inputs, target = tuple(batch), None
+    elif loss is not None and isinstance(batch, Mapping) and _needs_target(loss):
+        inputs, target = _parted_by_name(model, loss, batch)
     seed = _RandomState()
     loose = {id(tensor): tensor for item in hidden(model) for tensor in item.tensors}
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors_in(inputs) if tensor.layout is torch.strided]
     with torch.enable_grad():
         run = forward(model, loss, inputs, target)
-    return Evidence(model, loss, optimizer, loader, inputs, target, run, seed, loose)
+    written = {id(tensor): value for tensor, value in before if not _same(tensor, value)}
+    return Evidence(model, loss, optimizer, loader, inputs, target, run, seed, loose, written)
 
 
 def parted(batch: Any) -> tuple[Any, Any]:
@@ -188,6 +204,63 @@ def parted(batch: Any) -> tuple[Any, Any]:
             return batch[0], None
         return tuple(batch[:-1]), batch[-1]
     return batch, None
+
+
+def _takes_targets(model: nn.Module, batch: Any) -> bool:
+    """Whether a model that returns its loss takes the whole batch: it needs the last part, or names it so."""
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        return False
+    try:
+        signature = inspect.signature(model.forward)
+        last = list(signature.bind(*batch).arguments)[-1]
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(*batch[:-1])
+    except TypeError:
+        return True
+    return _is_target(last)
+
+
+def _parted_by_name(model: nn.Module, loss: Loss, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(inputs, target) of a dict for a loss of two: the entry that is named as targets are, or the whole dict.
+
+    The model gets what its forward names; a single entry that it does not name is its input.
+    """
+    targets = [name for name in batch if _is_target(str(name))]
+    names, known = _arguments(model.forward), _arguments(loss)
+    # A function of one's own may take the batch apart itself.
+    whole = len(targets) != 1 or not (_is_target(known[1]) or known[1] == "other")
+    rest = {name: value for name, value in batch.items() if name not in targets or name in names}
+    anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    taken = {name: value for name, value in rest.items() if anything or name in names}
+    inputs = next(iter(rest.values())) if not taken and len(rest) == 1 else taken or batch
+    return inputs, batch if whole else batch[targets[0]]
+
+
+def _needs_target(loss: Loss) -> bool:
+    """Whether a loss cannot be called with an output alone."""
+    try:
+        inspect.signature(getattr(loss, "forward", loss)).bind(None)
+    except TypeError:
+        return len(_arguments(loss)) > 1
+    except ValueError:  # nobody knows
+        pass
+    return False
+
+
+def _is_target(name: str) -> bool:
+    """Whether an argument or a key is named as targets are."""
+    return name.lower() == "y" or name.lower().startswith(TARGETS)
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    """The names of the positional arguments that a call must or may give; none where nobody knows."""
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Run:
@@ -233,8 +306,9 @@ def _loss_of(loss: Loss | None, output: Any, target: Any) -> Tensor | None:
     inside = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(inside, Tensor):
         return inside
-    # A model that is its own loss function.
-    return output if isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point() else None
+    # A model that is its own loss function, or returns (logits, loss).
+    numbers = [x for x in tensors_in(output) if x.dim() == 0 and x.is_floating_point()]
+    return numbers[0] if len(numbers) == 1 and (isinstance(output, (Tensor, list, tuple))) else None
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -347,10 +421,13 @@ def _refill(box: Any, before: Any) -> None:
 def _put_back(tensor: Tensor, value: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return  # no layer writes into these
-    # Only where something changed: autograd counts versions. NaN is not equal to itself, so bits are compared.
-    same = tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
-    if not same:
+    if not _same(tensor, value):  # only where something changed: autograd counts versions
         tensor.data = value if tensor.shape != value.shape else tensor.data.copy_(value)
+
+
+def _same(tensor: Tensor, value: Tensor) -> bool:
+    """Whether the bits are the same: NaN is not equal to itself."""
+    return tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
 
 
 def _bits(tensor: Tensor) -> Tensor:

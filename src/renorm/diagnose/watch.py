@@ -34,6 +34,7 @@ __all__ = ["Watch", "watch"]
 
 PATIENCE = 8  # steps of other optimizers for which the hooks wait for one that is to be sampled
 RECENT = 50  # training losses that a validation loss is compared with
+NO_STEP = 50  # losses after which an optimizer should have stepped
 OnError = Literal["print", "raise", "silent"]
 Key = tuple[str, str]  # what a number is, and of which parameter
 
@@ -64,6 +65,8 @@ class _Track:
         self.stepped = 0  # when it stepped last, in steps of all
         self.listener: Any = None  # the hook that sees gradients before a backward pass adds to them
         self.found: list[Tensor | None] = []  # what it saw
+        self.counts: tuple[int, Tensor] | None = None  # step, and what a batch norm counted, without validation since
+        self.each: Tensor | None = None  # batches that it counts in a step
 
     @property
     def partly(self) -> list[str]:
@@ -111,6 +114,9 @@ class Watch:
         self._total = 0  # steps of all optimizers
         self._last = self._tracks[0]  # whose optimizer stepped last
         self._locating = 0  # steps for which values that are not finite are searched
+        self._told = 0  # losses
+        self._start: list[Tensor] = []  # norms of the parameters
+        self._norms: list[nn.modules.batchnorm._BatchNorm] = []
 
     # ---- what the user calls
 
@@ -137,6 +143,10 @@ class Watch:
             value = _number(loss)
             track.losses.append((max(0, track.history.step - 1), value))
             track.unasked += 1
+            self._told += 1
+            if self._told == NO_STEP and self._total == 0 and self._unmoved():
+                track.history.events["unmoved"] = self._told
+                track.unasked += self.every
             if track.waiting is not None and outputs is not None and targets is not None:
                 track.waiting.comparison = compared(outputs, targets)
             lost = isinstance(value, float) and not math.isfinite(value) and "lost" not in track.history.events
@@ -159,6 +169,7 @@ class Watch:
             self._write({"renorm/validation loss": value[0]}, history.step)
             if made is not None:
                 _keep(history, made[0], rest[0], history.step, validation=True)
+            self._count(track, validation=True)
             track.unasked += 1  # the rules are asked with the next sample, which they confirm it by
 
     def gather(self) -> Report:
@@ -189,6 +200,8 @@ class Watch:
             self._handles.append(track.optimizer.register_step_post_hook(after))
             track.stepped = self._total
         with self._safely():
+            self._start = self._sizes()
+            self._norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             self._arm()
         return self
 
@@ -208,6 +221,29 @@ class Watch:
         with self._safely():
             self._located()
             self._look(last=True, quiet=quiet)
+
+    def _sizes(self) -> list[Tensor]:
+        return norms_of(local_of(p) for p in self._named() if not nn.parameter.is_lazy(p))
+
+    def _unmoved(self) -> bool:
+        """Whether all parameters are what they were, by their norms: a compiled step is not seen by hooks."""
+        now = self._sizes()
+        return bool(now) and len(now) == len(self._start) and fetch(now) == fetch(self._start)
+
+    def _count(self, track: _Track, *, validation: bool = False) -> None:
+        """How many batches a batch norm took in besides those of the steps, at a validation."""
+        norms = (m.num_batches_tracked for m in self._norms if m.training)
+        counter = next((count for count in norms if count is not None), None)
+        step, before = track.history.step, track.counts
+        if counter is None or len(self._tracks) > 1:
+            track.counts = None
+            return
+        if validation and before is not None and track.each is not None:
+            more = counter - before[1] - track.each * (step - before[0])
+            track.history.events.setdefault("counted", []).append(fetch([more.float()])[0][0])
+        elif not validation and before is not None and step > before[0]:
+            track.each = (counter - before[1]) / (step - before[0])
+        track.counts = step, counter.clone()
 
     # ---- around a step
 
@@ -289,6 +325,8 @@ class Watch:
             self._located(seen.outputs)
         history.step += 1
         self._total += 1
+        if track.waiting is not None:
+            self._count(track)
         track.stepped = self._total
         self._last = track
         self._arm()

@@ -7,6 +7,7 @@ from clean import (
     generative,
     graphs,
     precision,
+    returning,
     segmentation,
     sequences,
     similarity,
@@ -30,6 +31,7 @@ ALL = programs(
     transfer,
     agents,
     precision,
+    returning,
     tricky,
     unusual,
 )

@@ -2,6 +2,6 @@
 
 from program import programs
 
-from faulty import heads, inputs, modes, norms, shapes, starts, steps, variants, wiring
+from faulty import answers, heads, inputs, modes, norms, shapes, starts, steps, variants, wiring
 
-ALL = programs(heads, shapes, inputs, starts, norms, modes, steps, wiring, variants)
+ALL = programs(heads, shapes, inputs, starts, norms, modes, steps, wiring, variants, answers)

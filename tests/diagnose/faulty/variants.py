@@ -325,7 +325,7 @@ def norms_started_at_zero() -> Program:
     return Program(model, nn.CrossEntropyLoss(), _rows(), _adam(model))
 
 
-@fault("C32")
+@fault("C32", also=("C38",))
 def list_of_blocks_in_a_transformer() -> Program:
     """self.blocks = [Block() for _ in range(depth)] in a model with other parameters."""
 

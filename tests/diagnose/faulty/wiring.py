@@ -49,7 +49,7 @@ def encoder_without_batch_first() -> Program:
     return Program(model, nn.CrossEntropyLoss(), _series(), _adam(model))
 
 
-@fault("C28")
+@fault("C28", also=("C44",))
 def view_instead_of_permute() -> Program:
     """Time first by view(T, N, F), which cuts samples into pieces of others."""
 

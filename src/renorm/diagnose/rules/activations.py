@@ -12,6 +12,7 @@ from renorm.diagnose.history import History, Sample
 from renorm.diagnose.rules.statistics import listed
 from renorm.diagnose.rules.steps import SETTLED, training
 
+YOUNG = 80  # steps in which a loss need not have fallen
 UNITS = 8  # of a layer, at least, for a share of them to say something
 NORMED = "model = nn.Sequential(nn.Linear(8, 32), {}, nn.ReLU(), nn.Linear(32, 3))"
 
@@ -27,8 +28,10 @@ def seen(history: History, kinds: tuple[str, ...], count: int) -> Iterator[tuple
 
 
 def bound(history: History, stuck: float, learning: float) -> float:
-    """How much is too much, for a training whose loss does not fall, and for one whose loss does."""
-    return learning if history.progress > 0.2 else stuck
+    """How much is too much, for a training whose loss does not fall, and for one whose loss does; between for both."""
+    if history.progress > 0.2:
+        return learning
+    return stuck if history.step >= YOUNG else (stuck + learning) / 2
 
 
 def and_so(found: Mapping[str, object], worst: str) -> str:

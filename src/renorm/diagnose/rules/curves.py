@@ -17,6 +17,7 @@ from renorm.diagnose.rules.steps import MLP, PLATEAU, SETTLED, training
 from renorm.diagnose.trace import kind_of_module
 
 WINDOW = 40  # losses, whose mean is compared with that of others
+BY_HEART = 20  # parameters: fewer learn nothing by heart
 WINDOWS = 8  # of these, in which a loss should have fallen
 
 EVALUATED = """
@@ -184,16 +185,17 @@ def loss_diverges(history: History) -> Iterator[Found]:
     good=evaluated(),
 )
 def overfitting(history: History) -> Iterator[Found]:
-    """Above training by a tenth, risen three times running and 5% above the best, while training gained."""
+    """Above training by a tenth, risen three times running, 5% above the best, 40 steps ago; training gained."""
     found = [one for one in history.validations if math.isfinite(one.loss) and math.isfinite(one.training)]
-    if len(found) < 5:
+    if len(found) < 5 or sum(map(math.prod, history.sizes.values())) < BY_HEART:
         return
     recent = found[-4:]
     best = min(found, key=lambda one: one.loss)
     rises = all(later.loss > earlier.loss for earlier, later in pairwise(recent))
     above = recent[-1].loss > recent[-1].training + 0.1 * abs(recent[-1].training)
     worse = recent[-1].loss > best.loss + 0.05 * abs(best.loss)
-    if rises and above and worse and recent[-1].training < best.training:
+    apart = recent[-1].step - best.step >= WINDOW  # else the training losses are those of the same steps
+    if rises and above and worse and apart and recent[-1].training < best.training:
         yield Found(
             f"the validation loss rose from {best.loss:.4g} in step {best.step} to {recent[-1].loss:.4g}, the training "
             f"loss fell from {best.training:.4g} to {recent[-1].training:.4g}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
-from renorm.diagnose.rules.losses import REGRESSION, counted, linear, said
+from renorm.diagnose.rules.calls import REGRESSION, counted, linear, said
 from renorm.diagnose.trace import WEIGHTED, LossCall, Node, kind_of_module, tensors_in
 
 NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "norm"})
@@ -39,7 +39,9 @@ def first_weights(evidence: Evidence) -> Iterator[tuple[Node, Tensor]]:
         if node.kind == "matmul" and not any(isinstance(tensor, nn.Parameter) for tensor in node.inputs[1:]):
             continue
         values = node.inputs[0] if node.inputs else None
-        if values is not None and values.is_floating_point() and values.numel() > 1 and _of_batch(evidence, node):
+        if values is None or values.layout is not torch.strided:
+            continue
+        if values.is_floating_point() and values.numel() > 1 and _of_batch(evidence, node):
             yield node, values
 
 
@@ -105,7 +107,7 @@ def input_scale(evidence: Evidence) -> Iterator[Found]:
 def all_alike(evidence: Evidence) -> bool:
     """Whether every input has one row again and again, while the targets differ."""
     size = evidence.batch_size
-    rows = [x for x in tensors_in(evidence.inputs) if x.dim() > 0 and len(x) == size]
+    rows = [x for x in tensors_in(evidence.inputs) if x.dim() > 0 and len(x) == size and x.layout is torch.strided]
     targets = [t for t in tensors_in(evidence.target) if t.dim() > 0 and len(t) == size]
     if size < 8 or not rows or len(rows) < len(tensors_in(evidence.inputs)) or not any(x[0].numel() > 1 for x in rows):
         return False
@@ -192,7 +194,9 @@ def target_scale(evidence: Evidence) -> Iterator[Found]:
         at, spread = float(output.mean()), float(output.std())
         # A target of bootstrapping or of an autoencoder is made by the model: it has the outputs' scale.
         wide = std > 10 and spread < 0.1 * std
-        far = abs(mean) > 5 and abs(mean) > 10 * std and abs(mean - at) > 10 * max(std, spread)
+        far = (
+            abs(mean) > 20 and abs(mean) > 10 * std and abs(mean - at) > 10 * max(std, spread)
+        )  # logarithms stay below
         if wide or far:
             yield Found(
                 f"the targets of {call.kind} have mean {mean:.4g} and standard deviation {std:.3g}, the outputs of "

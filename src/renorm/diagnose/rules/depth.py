@@ -53,7 +53,7 @@ def linear_model(evidence: Evidence) -> Iterator[Found]:
     x = given[0].detach()
     other = 0.7 * x.roll(1, 0) + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     runs = [
-        evidence.again(mapped(evidence.inputs, partial(_instead, value)), training=False)
+        evidence.again(mapped(evidence.fresh, partial(_instead, value)), training=False)
         for value in (x, other, (x + other) / 2)
     ]
     ends = [end_of(run, layers[-1]) for run in runs]

@@ -1,78 +1,31 @@
-"""Rules about what goes into a loss: outputs that were normalized twice, targets outside their range, shapes."""
+"""Rules about what goes into a loss: outputs that were normalized twice, or not at all, or cut off."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from renorm.diagnose.catalogue import Found, Mended, rule
-from renorm.diagnose.evidence import Evidence, mapped
-from renorm.diagnose.trace import LossCall, Node, tensors_in
-
-TOLERANCE = 1e-4  # of a sum of probabilities from 1, in float32
-REGRESSION = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-# What an activation can give, and so what a target behind it may be.
-RANGES = {
-    "sigmoid": (0.0, 1.0),
-    "softmax": (0.0, 1.0),
-    "hardsigmoid": (0.0, 1.0),
-    "tanh": (-1.0, 1.0),
-    "relu": (0.0, math.inf),
-    "softplus": (0.0, math.inf),
-    "exp": (0.0, math.inf),
-}
-
-
-def drop(node: Node | None) -> partial[Mended] | None:
-    """The mechanical fix that takes a layer out of the model; None where it is a function."""
-    return None if node is None or node.module is None or not node.name else partial(_drop, name=node.name)
-
-
-def _drop(model: nn.Module, optimizer: Optimizer | None, *, name: str) -> Mended:
-    was = type(model.get_submodule(name)).__name__
-    model.set_submodule(name, nn.Identity())
-    return Mended(model, optimizer, f"{name}: {was} -> Identity")
-
-
-def without(node: Node | None, what: str) -> str:
-    """How to take this call out, as code."""
-    if node is None or node.module is None:
-        return f"# return the values that go into {what}, not what comes out of it"
-    return f'model.set_submodule("{node.name}", torch.nn.Identity())  # was {type(node.module).__name__}'
-
-
-def said(node: Node | None) -> str:
-    """Who made a tensor, as the subject of a sentence."""
-    return "the model" if node is None else node.where
-
-
-def kind_of(node: Node | None) -> str:
-    """The kind of a call; empty where there is none."""
-    return "" if node is None else node.kind
-
-
-def linear(shape: tuple[int, ...]) -> str:
-    """A shape in words."""
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
-
-
-def between(values: Tensor, low: float, high: float) -> bool:
-    """Whether all values are in [low, high], up to rounding."""
-    values = values.detach().float()
-    return values.numel() > 0 and bool((values >= low - 1e-6).all() and (values <= high + 1e-6).all())
-
-
-def sums_to_one(rows: Tensor) -> bool:
-    """Whether every row of (N, K, ...) is a distribution over K."""
-    if rows.dim() < 2 or rows.shape[1] < 2 or rows.numel() == 0:
-        return False
-    rows = rows.detach().float()
-    return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < TOLERANCE).all())
+from renorm.diagnose.catalogue import Found, rule
+from renorm.diagnose.evidence import Evidence
+from renorm.diagnose.rules.calls import (
+    BINARY,
+    CLASSES,
+    HEAD,
+    RANGES,
+    REGRESSION,
+    YES_NO,
+    between,
+    drop,
+    kind_of,
+    linear,
+    normalized_logs,
+    said,
+    sums_to_one,
+    without,
+)
 
 
 @rule(
@@ -116,14 +69,6 @@ def softmax_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
         )
 
 
-HEAD = """
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5){})
-loss = {}
-batch = torch.randn(32, 8), {}
-"""
-CLASSES = "torch.randint(5, (32,))"
-
-
 @rule(
     "C02",
     "log-softmax-before-cross-entropy",
@@ -151,37 +96,6 @@ def log_softmax_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
                 )
 
 
-def counted(evidence: Evidence, call: LossCall) -> Tensor | None:
-    """Which entries of a loss without reduction the user's loss depends on; None where that is all of them.
-
-    Masks and weights of 0 take entries out behind the call: what stands there does not matter.
-    """
-    loss = evidence.run.loss
-    if call.options.get("reduction") != "none" or loss is None or loss.numel() != 1 or not call.input.requires_grad:
-        return None
-    try:
-        (gradient,) = torch.autograd.grad(loss, call.input, retain_graph=True, allow_unused=True)
-    except RuntimeError:  # no way back from this loss
-        return None
-    return None if gradient is None else gradient != 0
-
-
-def given(evidence: Evidence, target: Tensor) -> bool:
-    """Whether these values came with the batch, and were not made by the model or the loss."""
-    known = tensors_in((evidence.inputs, evidence.target))
-    flat = target.detach().flatten()
-    return any(
-        t is target or (t.numel() == flat.numel() and torch.equal(t.detach().flatten().to(flat), flat)) for t in known
-    )
-
-
-def normalized_logs(rows: Tensor) -> bool:
-    """Whether the exponentials of every row of (N, K, ...) sum to 1."""
-    if rows.dim() < 2 or rows.shape[1] < 2 or rows.numel() == 0:
-        return False
-    return bool((rows.detach().float().logsumexp(1).abs() < TOLERANCE).all())
-
-
 @rule(
     "C02b",
     "bounded-logits",
@@ -197,10 +111,20 @@ def bounded_logits(evidence: Evidence) -> Iterator[Found]:
     """The last operation is the activation, and the values are in its range."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind != "cross_entropy" or kind_of(node) not in ("sigmoid", "tanh", "hardsigmoid"):
+        binary = call.kind == "binary_cross_entropy_with_logits" and kind_of(node) == "tanh"
+        known = kind_of(node) in ("sigmoid", "tanh", "hardsigmoid")
+        if not (binary or (call.kind == "cross_entropy" and known and call.input.dim() > 1)):
             continue
         low, high = RANGES[kind_of(node)]
-        if call.input.dim() < 2 or not between(call.input, low, high):
+        if not between(call.input, low, high):
+            continue
+        if binary:
+            yield Found(
+                f"{said(node)} bounds the logits to [-1, 1]: no probability is below 0.27 or above 0.73",
+                module=node.name if node else "",
+                fix=without(node, "the tanh"),
+                mend=drop(node),
+            )
             continue
         classes = call.input.shape[1]
         floor = math.log(1 + (classes - 1) * math.exp(low - high))
@@ -263,6 +187,14 @@ def not_logarithms(evidence: Evidence) -> Iterator[Found]:
         if values.numel() == 0 or not bool(values.isfinite().any()):
             continue
         most = float(values[values.isfinite()].max())
+        if call.kind == "kl_div" and not call.options.get("log_target") and bool((call.target < -1e-3).any()):
+            yield Found(
+                f"kl_div gets targets down to {float(call.target.min()):.3g}; they are probabilities, and it takes "
+                "their "
+                "logarithm",
+                fix="F.kl_div(log_probabilities, log_targets, log_target=True)",
+            )
+            continue
         if call.kind == "kl_div" and most > 1e-3:
             yield Found(
                 f"kl_div gets values up to {most:.3g} from {said(node)}; logarithms of probabilities are 0 and below",
@@ -292,14 +224,6 @@ def not_logarithms(evidence: Evidence) -> Iterator[Found]:
                 fix="loss = torch.nn.PoissonNLLLoss(log_input=False)",
                 severity="warning",
             )
-
-
-BINARY = """
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1){})
-loss = {}
-batch = torch.randn(32, 8), {}
-"""
-YES_NO = "torch.randint(2, (32, 1)).float()"
 
 
 @rule(
@@ -425,171 +349,7 @@ def softmax_over_one(evidence: Evidence) -> Iterator[Found]:
             )
 
 
-@rule(
-    "C07",
-    "broadcast-loss",
-    "error",
-    title="Output and target of a loss differ in shape and are broadcast against each other",
-    why="(N, 1) against (N,) compares every output with every target: the best the model can do is their mean.",
-    fix="Give both the same shape, as in loss(output.squeeze(1), target).",
-    source="torch's UserWarning in mse_loss, which names it likely incorrect",
-    bad=BINARY.format("", "nn.MSELoss()", "torch.randn(32)"),
-    good=BINARY.format(", nn.Flatten(0)", "nn.MSELoss()", "torch.randn(32)"),
-)
-def broadcast_loss(evidence: Evidence) -> Iterator[Found]:
-    """A regression loss, or a difference of output and target written by hand."""
-    pairs = [(call.kind, call.input, call.target) for call in evidence.losses if call.kind in REGRESSION]
-    targets = {id(tensor) for tensor in tensors_in(evidence.target)}
-    differences = evidence.trace.of_kind("sub", "__sub__", "rsub", "__rsub__")
-    pairs += [
-        ("a difference", *d.inputs) for d in differences if len(d.inputs) == 2 and targets & set(map(id, d.inputs))
-    ]
-    pairs += column_and_row(evidence, {id(tensor) for pair in pairs for tensor in pair[1:]})
-    for what, one, other in pairs:
-        shapes = tuple(one.shape), tuple(other.shape)
-        if shapes[0] == shapes[1] or one.numel() <= 1 or other.numel() <= 1:
-            continue
-        try:
-            together = tuple(torch.empty(shapes[0], device="meta").add(torch.empty(shapes[1], device="meta")).shape)
-        except RuntimeError:
-            continue
-        if math.prod(together) > max(one.numel(), other.numel()):
-            axis = next((i for i, size in enumerate(shapes[0]) if size == 1), -1)
-            yield Found(
-                f"{what} of output {linear(shapes[0])} and target {linear(shapes[1])}: broadcast to "
-                f"{linear(together)}, every output against every target",
-                fix=f"loss(output.squeeze({axis}), target)"
-                if len(shapes[0]) > len(shapes[1])
-                else f"loss(output, target.view{linear(shapes[0])})",
-            )
-
-
-BY_HAND = ("sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__", "__rmul__")
-
-
-def column_and_row(evidence: Evidence, known: set[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Differences and products of an output (N, 1) and of numbers (N,) of the batch, wherever they are computed."""
-    size = evidence.batch_size
-    for node in evidence.trace.of_kind(*BY_HAND):
-        if len(node.inputs) != 2 or size < 2 or known & set(map(id, node.inputs)):
-            continue
-        for (one, source), (other, _) in (both := [*zip(node.inputs, node.sources, strict=True)], both[::-1]):
-            if tuple(one.shape) != (size, 1) or tuple(other.shape) != (size,):
-                continue
-            on_purpose = source is not None and source.kind in ("unsqueeze", "__getitem__")  # each with each
-            if one.requires_grad and not other.requires_grad and not on_purpose and evidence.blame(other) is None:
-                yield ("a product" if "mul" in node.kind else "a difference"), one, other
-                return
-
-
-@rule(
-    "C08",
-    "target-out-of-range",
-    "error",
-    title="Targets that the output cannot reach",
-    why="What the last activation cannot give is never learnt: its units saturate, and their gradients vanish.",
-    fix="Use a linear head, or scale the targets into the activation's range.",
-    source="17 of 109 faulty programs in the corpus of UMLAUT and deepmufl; torch takes such targets silently",
-    bad=BINARY.format(", nn.Sigmoid()", "nn.MSELoss()", "5 * torch.randn(32, 1)"),
-    good=BINARY.format("", "nn.MSELoss()", "5 * torch.randn(32, 1)"),
-)
-def target_out_of_range(evidence: Evidence) -> Iterator[Found]:
-    """More than 1 % of the targets are outside, by more than rounding: an outlier is no mistake."""
-    for call in evidence.losses:
-        node = evidence.blame(call.input)
-        if call.kind in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
-            low, high, by = 0.0, 1.0, call.kind
-        elif call.kind in REGRESSION and kind_of(node) in RANGES:
-            (low, high), by = RANGES[kind_of(node)], said(node)
-        else:
-            continue
-        target = call.target.detach().float()
-        margin = 1e-3 * (
-            high - low if math.isfinite(high) else max(1.0, float(target.abs().max() if target.numel() else 1))
-        )
-        outside = (target < low - margin) | (target > high + margin)
-        matters = counted(evidence, call)
-        if matters is not None and matters.shape == outside.shape:
-            outside &= matters
-        if target.numel() and float(outside.float().mean()) > 0.01:
-            a, b = (float(value) for value in target.aminmax())
-            reach = f"[{low:g}, {high:g}]" if math.isfinite(high) else f"{low:g} and above"
-            logits = call.kind not in REGRESSION
-            yield Found(
-                f"{int(outside.sum())} of {target.numel()} targets are outside of {reach}, which is all that {by} "
-                f"{'is made for' if logits else 'gives'} (targets from {a:.3g} to {b:.3g})",
-                module=node.name if node and not logits else "",
-                fix="# scale the targets to 0 and 1; for real values use torch.nn.MSELoss on the outputs as they are"
-                if logits
-                else without(node, f"the {kind_of(node)}"),
-                mend=None if logits else drop(node),
-            )
-
-
-SIGNED = ("cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss")
-
-
-@rule(
-    "C08b",
-    "labels-not-plus-and-minus-one",
-    "error",
-    title="Labels 0 and 1 for a loss that takes -1 and 1",
-    why="These losses multiply by the label or compare it with -1: for a 0 the loss is constant, or that of both "
-    "labels "
-    "at once, and the negative samples teach nothing.",
-    fix="2 * target - 1.",
-    source="torch.nn.CosineEmbeddingLoss, HingeEmbeddingLoss, MarginRankingLoss, SoftMarginLoss: labels of 1 and -1",
-    bad=BINARY.format("", "nn.SoftMarginLoss()", YES_NO),
-    good=BINARY.format("", "nn.SoftMarginLoss()", "2 * torch.randint(2, (32, 1)).float() - 1"),
-)
-def labels_not_plus_and_minus_one(evidence: Evidence) -> Iterator[Found]:
-    """Nothing but zeros and ones, and a zero among them: ties that are 0 beside -1 and 1 are no mistake."""
-    for call in evidence.losses:
-        if call.kind not in SIGNED:
-            continue
-        target = call.options.get("target", call.target)
-        if not isinstance(target, Tensor) or target.numel() < 2:
-            continue
-        zeros = target.detach() == 0
-        if bool(zeros.any()) and bool((zeros | (target.detach() == 1)).all()):
-            yield Found(
-                f"{call.kind} gets labels of 0 and 1, {int(zeros.sum())} of {target.numel()} are 0; it takes -1 and 1",
-                fix="loss(..., 2 * target - 1)",
-            )
-
-
-@rule(
-    "C09",
-    "unbatched-cross-entropy",
-    "error",
-    title="The batch is taken for the classes of one sample",
-    why="cross_entropy reads a one-dimensional output with a float target as one sample with N classes: the loss is a "
-    "number, and compares samples of the batch with each other.",
-    fix="One unit with a 0/1 target: BCEWithLogitsLoss. K classes: output (N, K), target (N,) of integers.",
-    source="torch.nn.CrossEntropyLoss: input of shape (C), target probabilities of shape (C)",
-    bad="""
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
-loss = nn.CrossEntropyLoss()
-batch = torch.randn(32, 8), torch.randint(2, (32,)).float()
-""",
-    good="""
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
-loss = nn.BCEWithLogitsLoss()
-batch = torch.randn(32, 8), torch.randint(2, (32,)).float()
-""",
-)
-def unbatched_cross_entropy(evidence: Evidence) -> Iterator[Found]:
-    """Input and float target are vectors, as long as the batch."""
-    for call in evidence.losses:
-        if call.kind == "cross_entropy" and call.input.dim() == 1 and call.target.is_floating_point():
-            n = call.input.shape[0]
-            ranking = bool((call.target >= 0).all()) and abs(float(call.target.sum()) - 1) < 1e-3
-            if n == evidence.batch_size and n > 1 and not ranking:  # scores of one list, and a distribution over it
-                yield Found(
-                    f"cross_entropy gets ({n},) and a float target ({n},): it takes the {n} samples for {n} classes "
-                    f"of one",
-                    fix="loss = torch.nn.BCEWithLogitsLoss()",
-                )
+LOWEST = {"relu": 0.0, "relu6": 0.0, "softplus": 0.0, "gelu": -0.17, "silu": -0.28, "mish": -0.31, "elu": -1.0}
 
 
 @rule(
@@ -607,18 +367,19 @@ def activation_before_cross_entropy(evidence: Evidence) -> Iterator[Found]:
     """A head that ends in a ReLU, with zeros among its outputs, or in front of targets that ask for negative logits."""
     for call in evidence.losses:
         node = evidence.blame(call.input)
-        if call.kind in ("cross_entropy", "binary_cross_entropy_with_logits") and kind_of(node) == "relu":
+        low = LOWEST.get(kind_of(node).lower())
+        if call.kind == "binary_cross_entropy_with_logits" and low is not None and bool((call.target < 0.5).any()):
+            share, least = float((call.target < 0.5).float().mean()), 1 / (1 + math.exp(-low))
+            yield Found(
+                f"{said(node)} leaves no logit below {low:g} in front of {call.kind}: no probability can be below "
+                f"{least:.2g}, and {share:.0%} of the targets are",
+                module=node.name if node else "",
+                fix=without(node, "the activation"),
+                mend=drop(node),
+            )
+        elif call.kind == "cross_entropy" and kind_of(node) == "relu":
             zeros = float((call.input.detach() == 0).float().mean())
-            if call.kind != "cross_entropy" and bool((call.target < 0.5).any()):
-                yield Found(
-                    f"{said(node)} leaves no logit below 0 in front of {call.kind}: no probability can be below 0.5, "
-                    f"and "
-                    f"{float((call.target < 0.5).float().mean()):.0%} of the targets are",
-                    module=node.name if node else "",
-                    fix=without(node, "the ReLU"),
-                    mend=drop(node),
-                )
-            elif zeros > 0.1:
+            if zeros > 0.1:
                 yield Found(
                     f"{said(node)} makes {zeros:.0%} of the logits 0 in front of {call.kind}",
                     module=node.name if node else "",
@@ -651,137 +412,4 @@ def regression_loss_for_classes(evidence: Evidence) -> Iterator[Found]:
                 f"{call.kind} of the probabilities of {said(node)} against one-hot targets",
                 module=node.name if node else "",
                 fix="loss = torch.nn.CrossEntropyLoss()\n" + without(node, "the softmax"),
-            )
-
-
-@rule(
-    "C12",
-    "summed-loss",
-    "warning",
-    title="The loss is a sum over the batch",
-    why="Gradients grow with the batch size, and with them the step: a learning rate that suits one batch size does "
-    "not "
-    "suit another.",
-    fix="Use reduction='mean', or divide the learning rate by the batch size.",
-    source="the loss-reduction check of TheDeepChecker (Ben Braiek & Khomh 2023)",
-    bad=HEAD.format("", 'nn.CrossEntropyLoss(reduction="sum")', CLASSES),
-    good=HEAD.format("", "nn.CrossEntropyLoss()", CLASSES),
-)
-def summed_loss(evidence: Evidence) -> Iterator[Found]:
-    """The loss of the batch and a copy of it is twice that of the batch, without dropout."""
-    if evidence.loss is None or not math.isfinite(evidence.loss) or evidence.loss == 0 or evidence.target is None:
-        return
-    size = evidence.batch_size
-    if size < 2 or not all(len(t) == size for t in tensors_in((evidence.inputs, evidence.target)) if t.dim()):
-        return
-
-    def quiet(model: nn.Module) -> None:
-        for module in model.modules():
-            if "dropout" in type(module).__name__.lower():
-                module.eval()
-
-    def twice(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor]) if tensor.dim() else tensor
-
-    once = evidence.again(change=quiet)
-    both = evidence.again(mapped(evidence.inputs, twice), mapped(evidence.target, twice), change=quiet)
-    if once.error is not None or both.error is not None or once.loss is None or both.loss is None:
-        return
-    if once.loss.numel() != 1 or both.loss.numel() != 1 or float(once.loss.detach()) == 0:
-        return
-    ratio = float(both.loss.detach()) / float(once.loss.detach())
-    if abs(ratio - 2) < 0.02:
-        # Adam and its like divide by the gradients' size; a bound on the likelihood of the input is a sum by habit.
-        scaled = any(word in type(evidence.optimizer).__name__.lower() for word in SCALE_FREE)
-        likelihood = evidence.optimizer is None and reconstructs(evidence)
-        yield Found(
-            f"the loss of the batch and a copy of it, {2 * size} samples, is {ratio:.2f} times that of the batch: it "
-            f"is a "
-            "sum",
-            fix='reduction="mean"',
-            severity="info" if scaled or likelihood else "warning",
-        )
-
-
-SCALE_FREE = ("adam", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "lamb", "adafactor", "sign")
-
-
-def reconstructs(evidence: Evidence) -> bool:
-    """Whether the target is the input."""
-    inputs, targets = tensors_in(evidence.inputs), tensors_in(evidence.target)
-    return any(x is t or (x.shape == t.shape and torch.equal(x, t)) for x in inputs for t in targets)
-
-
-@rule(
-    "C15",
-    "labels",
-    "error",
-    title="Labels that do not fit the output",
-    why="A class index outside of the output's classes raises, on a GPU as an assertion that says nothing; a batch of "
-    "one "
-    "class teaches to answer it always.",
-    fix="Count the classes from 0, and give the head as many units as there are.",
-    source="torch.nn.CrossEntropyLoss: targets in [0, C)",
-    bad=HEAD.format("", "nn.CrossEntropyLoss()", "torch.randint(1, 6, (32,))"),
-    good=HEAD.format("", "nn.CrossEntropyLoss()", CLASSES),
-)
-def labels(evidence: Evidence) -> Iterator[Found]:
-    """Out of range is an error, one class alone or far too many units a warning."""
-    for call in evidence.losses:
-        if call.kind not in ("cross_entropy", "nll_loss") or call.target.is_floating_point() or call.input.dim() < 1:
-            continue
-        classes = call.input.shape[1] if call.input.dim() > 1 else call.input.shape[0]
-        target = call.target.detach()
-        real = target[target != call.options.get("ignore_index", -100)]
-        if real.numel() == 0:
-            yield Found("every label is the one that is ignored: the loss is 0 / 0", severity="error")
-            continue
-        low, high = (int(value) for value in real.aminmax())
-        if low < 0 or high >= classes:
-            counted = "; they seem to count from 1" if low == 1 and high == classes else ""
-            yield Found(
-                f"labels from {low} to {high} for {classes} classes, which are 0 to {classes - 1}{counted}",
-                fix="target - 1" if counted else f"# {high + 1} units in the last layer, or other labels",
-            )
-        elif low == high and real.numel() >= 16 and classes > 1 and target.dim() == 1 and given(evidence, target):
-            yield Found(
-                f"all {real.numel()} labels of the batch are class {low}",
-                severity="warning",
-                fix="# shuffle: DataLoader(..., shuffle=True)",
-            )
-        elif real.numel() >= 1000 and classes >= 20 and (high + 1) / classes < 0.1:
-            yield Found(
-                f"{classes} classes in the output, and no label above {high} among {real.numel()}",
-                severity="warning",
-                fix=f"# as many units in the last layer as there are classes, {high + 1}?",
-            )
-
-
-@rule(
-    "C15b",
-    "labels-as-floats",
-    "error",
-    title="Class indices as floats, or one-hot rows as integers",
-    why="cross_entropy reads a float target as probabilities, of the output's shape; indices have to be integers.",
-    fix="target.long() for indices, target.float() for one-hot rows.",
-    source="torch.nn.CrossEntropyLoss",
-    bad=HEAD.format("", "nn.CrossEntropyLoss()", "torch.randint(5, (32,)).float()"),
-    good=HEAD.format("", "nn.CrossEntropyLoss()", CLASSES),
-)
-def labels_as_floats(evidence: Evidence) -> Iterator[Found]:
-    """What torch raises for, said so that it helps."""
-    if evidence.run.error is None or evidence.run.stage != "loss":
-        return
-    for call in evidence.losses:
-        if call.kind != "cross_entropy" or evidence.trace.failed is not call.node:
-            continue
-        target = call.target
-        rows = target.shape == call.input.shape and not target.is_floating_point()
-        indices = target.is_floating_point() and target.dim() == call.input.dim() - 1
-        if rows or indices:
-            yield Found(
-                f"cross_entropy gets an output {linear(tuple(call.input.shape))} and a target "
-                f"{linear(tuple(target.shape))} "
-                f"of {str(target.dtype).removeprefix('torch.')}",
-                fix="target.float()  # one-hot rows" if rows else "target.long()  # class indices",
             )

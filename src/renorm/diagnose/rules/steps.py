@@ -14,6 +14,7 @@ from renorm.diagnose.history import History, Sample
 from renorm.diagnose.rules.statistics import listed
 
 SETTLED = 100  # steps, before which a schedule may still warm up and layers that start at zero are on their way
+FEW = 8  # entries of a matrix
 PLATEAU = 0.02  # of the first losses: a loss that fell by less has not fallen
 
 TRAIN = """
@@ -207,7 +208,7 @@ def exploding_gradient(history: History) -> Iterator[Found]:
     good=training(optimizer="torch.optim.Adam(model.parameters(), lr=0.01)"),
 )
 def size_of_updates(history: History) -> Iterator[Found]:
-    """‖change‖ / ‖weight‖ of matrices above 0.3 in 3 samples, or below 1e-6 in all; above 1 without gain is an error.
+    """‖change‖ / ‖weight‖ of matrices above 0.3 in 3 samples, or below 1e-5 in all; above 1 without gain is an error.
 
     Matrices that started near zero are left out: their first steps are large beside them.
     """
@@ -243,21 +244,21 @@ def grown_up(history: History, name: str) -> bool:
     first = history.first
     if first is None or not first.weights.get(name):
         return False
-    rms = first.weights[name] / math.sqrt(math.prod(history.sizes[name]))
-    return rms > 1e-3
+    entries = math.prod(history.sizes[name])  # a few numbers may all be near zero by chance
+    return entries >= FEW and first.weights[name] / math.sqrt(entries) > 1e-3
 
 
 def too_small(history: History) -> Iterator[Found]:
-    """No matrix ever moved by more than a millionth of itself, though there are gradients."""
+    """No matrix ever moved by more than a hundred thousandth of itself, though there are gradients."""
     samples = [sample for sample in history.samples if not sample.skipped]
-    if len(samples) < 8 or history.step < SETTLED // 2 or not abs(history.progress) < PLATEAU:
+    if len(samples) < 8 or history.step < SETTLED // 2:
         return
     names = [name for name in history.matrices(samples[-1]) if samples[-1].gradients[name] > 0]
     rates = [sample.rates.get(names[0], math.nan) for sample in samples] if names else []
     if not names or rates[-1] > 1.5 * rates[0]:  # it still warms up
         return
     most = max(sample.ratio(name) for sample in samples for name in names)
-    if most < 1e-6:
+    if most < 1e-5 and abs(history.progress) < (PLATEAU if most > 1e-6 else 0.2):  # batches differ
         yield Found(
             f"no step changed any weight by more than {most:.1g} times its norm (learning rate {rates[-1]:g})",
             fix="Raise the learning rate: steps of about a thousandth of the weights are usual.",

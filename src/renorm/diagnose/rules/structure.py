@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import RULES, Found, rule
 from renorm.diagnose.evidence import Evidence, Run, mapped
-from renorm.diagnose.rules.losses import linear
+from renorm.diagnose.rules.calls import linear
 from renorm.diagnose.rules.statistics import called, listed, norm_calls, path
 from renorm.diagnose.trace import Node, tensors_in
 from renorm.norms.norm import Norm
@@ -215,7 +215,7 @@ def swapped(evidence: Evidence, size: int, kept: slice, dim: int = 0) -> object:
         rows[kept] = True
         return torch.where(rows.view([-1 if i == dim else 1 for i in range(x.dim())]), x, moved.to(x.dtype))
 
-    return mapped(evidence.inputs, swap)
+    return mapped(evidence.fresh, swap)
 
 
 def is_mask(x: Tensor) -> bool:
