@@ -11,7 +11,11 @@ from renorm.studies.replication import Replication
 __all__ = ["NAMES", "get"]
 
 # In the order of the documentation. The name is that of the module, with hyphens.
-NAMES: tuple[str, ...] = ("model-selection",)
+NAMES: tuple[str, ...] = (
+    "small-batches",
+    "batch-renorm",
+    "model-selection",
+)
 
 
 def get(name: str) -> Replication:
