@@ -150,11 +150,11 @@ REPLICATION = Replication(
     ),
     protocol=(
         "`mlp` of `renorm.choices.models` on MNIST, plain SGD with a learning rate of 0.2 B/32 for batches of B, "
-        "running statistics with momentum 0.01. A batch is of independent draws, or one half of one class and one half of "
-        "another, the two drawn anew for each batch. Batch renorm is batch norm for 50 steps, then its limits grow to "
-        "r = 3 and d = 5 at step 200. Judged after 400 steps; other numbers of steps are shown beside. Statistics of "
-        "all training data: the trained weights of batch norm, with the running statistics set to those of one pass "
-        "over the whole training part."
+        "running statistics with momentum 0.01. A batch is of independent draws, or one half of one class and one "
+        "half of another, the two drawn anew for each batch. Batch renorm is batch norm for 50 steps, then its limits "
+        "grow to r = 3 and d = 5 at step 200. Judged after 400 steps; other numbers of steps are shown beside. "
+        "Statistics of all training data: the trained weights of batch norm, with the running statistics set to those "
+        "of one pass over the whole training part."
     ),
     quick=Plan(
         _conditions((100, 200, 400)), 5, "3,000 images of MNIST (with `renorm[studies]`), to 400 steps, 5 seeds"

@@ -13,7 +13,9 @@ __all__ = ["NAMES", "get"]
 # In the order of the documentation. The name is that of the module, with hyphens.
 NAMES: tuple[str, ...] = (
     "small-batches",
+    "smoothness",
     "batch-renorm",
+    "divergences",
     "model-selection",
 )
 

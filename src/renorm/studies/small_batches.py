@@ -167,8 +167,8 @@ REPLICATION = Replication(
     full=Plan(
         (*_conditions(("digits", "mnist"), 20), *_RESNET),
         5,
-        "the digits and 3,000 images of MNIST (with `renorm[studies]`), 20 epochs; a ResNet on the digits, 5 epochs; 5 "
-        "seeds",
+        "the digits and 3,000 images of MNIST (with `renorm[studies]`), 20 epochs; a ResNet on the digits, 5 epochs; "
+        "5 seeds",
     ),
     measure=measure,
     judge=judge,

