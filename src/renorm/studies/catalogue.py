@@ -14,7 +14,10 @@ __all__ = ["NAMES", "get"]
 NAMES: tuple[str, ...] = (
     "small-batches",
     "smoothness",
+    "robustness",
     "batch-renorm",
+    "switch-weights",
+    "optimizers",
     "divergences",
     "model-selection",
 )
