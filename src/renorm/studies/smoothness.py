@@ -143,7 +143,16 @@ def draw_rows(rows: Rows) -> str:
 
 def reading(rows: Rows) -> str:
     """What follows."""
-    return ""
+    without, with_norm = (rows.mean("accuracy", norm=norm, lr=_best(rows, norm)) for norm in _NORMS)
+    return (
+        "Batch norm makes this net easier to train, in both senses: along the gradient loss and gradient change less, "
+        "and learning rates work that without a norm end in chance or in infinity.\n\nThat a norm does not change the "
+        "final accuracy is a claim of its own, and it depends on the net and on how "
+        f"long it trains. Here, at the best rates, it is {_percent(without)} without a norm and "
+        f"{_percent(with_norm)} with one; in eight convolutions without skips a norm has most to do.\n\n"
+        "A low value is no merit by itself. In a trial with torch's default initialization the same net without a "
+        "norm did not learn at all, and its beta was far below all of these."
+    )
 
 
 def _percent(value: Interval) -> str:
