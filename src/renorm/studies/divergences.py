@@ -150,7 +150,7 @@ def _number(value: float) -> str:
 
 
 def draw_rows(rows: Rows) -> str:
-    """The distances against the shift; an infinite one has no line."""
+    """The distances against the shift; where one is infinite it leaves at the top."""
     plots = []
     for family in ("uniform", "normal", "samples"):
         curves = {

@@ -201,7 +201,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
 
 
 def draw_rows(rows: Rows) -> str:
-    """Steps against the learning rate; where the target is not reached there is no line."""
+    """Steps against the learning rate; where the target is not reached a curve leaves at the top."""
     plots = []
     for turned, title in ((0, "along the axes"), (1, "rotated")):
         curves = {}
@@ -211,7 +211,7 @@ def draw_rows(rows: Rows) -> str:
             curves[name] = list(zip(rates, np.median(_ravine_steps(rows, name, turned), axis=0).tolist(), strict=True))
         plots.append(Plot(f"ravine {title}: log10 steps, log10 rate", curves, log_x=True, log_y=True))
     curves = {}
-    for name in optimizers.NAMES:
+    for name in optimizers.NAMES[:-1]:  # AdamW's curve is Adam's
         where = rows.where(part="digits", optimizer=name)
         curves[name] = [(float(rate), float(np.median(where.values("steps", lr=rate)))) for rate in where.levels("lr")]
     plots.append(Plot("digits: log10 steps, log10 rate", curves, log_x=True, log_y=True))
@@ -228,7 +228,7 @@ def reading(rows: Rows) -> str:
         "axes flatters them. Gradient descent and momentum do not notice. Adam, which averages its gradients as "
         "momentum does, is between.\n\nOn real data the optimizers are nearer to each other than on the ravine once "
         "each has its best learning rate. "
-        f"Where that is differs a lot: {rates['rmsprop']:g} for RMSProp, {rates['sgd']:g} for plain SGD. Tune it first: "
+        f"Where that is differs a lot: {rates['rmsprop']:g} for RMSProp, {rates['sgd']:g} for plain SGD. Tune it: "
         "`renorm compare --tune-lr`."
     )
 
