@@ -162,7 +162,7 @@ def test_usable_learning_rates():
 
 
 @pytest.mark.parametrize("method", ["gd", "heavy ball"])
-@pytest.mark.parametrize("condition", [400.0, 1000.0])
+@pytest.mark.parametrize("condition", [700.0, 1000.0])
 def test_contraction_is_the_spectral_radius_of_a_step(method, condition):
     rate, momentum, factor = optimizers.best_settings(method, condition)
     step = [np.array([[1 + momentum - rate * c, -momentum], [1, 0]]) for c in (1.0, condition)]

@@ -15,7 +15,7 @@ from renorm.studies.replication import Claim, Plan, Published, Replication, Tabl
 from renorm.studies.rows import Condition, Rows, Value
 
 _NAMES = {"kl": "KL", "js": "JS", "wasserstein": "Wasserstein"}
-_FAMILIES = {"points": "two points", "uniform": "U(0, 1)", "normal": "N(0, 1)", "samples": "draws from N(0, 1)"}
+_FAMILIES = {"points": "Two points", "uniform": "U(0, 1)", "normal": "N(0, 1)", "samples": "Draws from N(0, 1)"}
 _SHIFTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _START = 4.0  # where the descent that is judged begins
 _STEPS, _RATE = 100, 0.1  # of the descent
