@@ -13,7 +13,7 @@ from renorm.choices.models import build
 from renorm.norms.zoo import SwitchNorm
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value
 from renorm.studies.training import accuracy, digits, fit, shuffled
 
 _SIZES = (32, 8, 2)
@@ -101,9 +101,8 @@ def reading(rows: Rows) -> str:
         "The two arms tell how much of the fall is due to that. Batch statistics' share of the mean is "
         f"{change('epochs', 'mean')} with equal epochs, {change('steps', 'mean')} with equal steps; that of the "
         f"variance {change('epochs', 'var')}, and {change('steps', 'var')}.\n\n"
-        "Layer statistics take most of what the others lose in the variance, which a small batch estimates worse than "
-        "the mean. The weights move slowly and are trained like all others: they are no ranking of norms, and no "
-        "measure of how well each would do alone."
+        "The weights move slowly and are trained like all others: they are no ranking of norms, and no measure of how "
+        "well each would do alone."
     )
 
 
