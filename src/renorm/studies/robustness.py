@@ -136,10 +136,10 @@ def reading(rows: Rows) -> str:
     found = {norm: rows.mean(_JUDGED, norm=norm, lr=rates[norm]) for norm in _NORMS}
     others = ", ".join(f"{title} {_percent(found[norm])}" for norm, title in _NORMS.items() if norm != "batch")
     return (
-        f"At like clean accuracy and eps {_JUDGED}, batch norm leaves {_percent(found['batch'])}; {others}. So it is not "
-        "normalizing as such that costs here: it is batch norm above all. That other norms hurt as well (Benz et al.) "
-        "is not judged; compare their intervals with that without a norm.\n\nA gradient attack from one start is a "
-        "lower bound of what an attacker can do, and differs in strength by how smooth a net is. A norm is no "
+        f"At like clean accuracy and eps {_JUDGED}, batch norm leaves {_percent(found['batch'])}; {others}. So it is "
+        "not normalizing as such that costs here: it is batch norm above all. That other norms hurt as well (Benz et "
+        "al.) is not judged; compare their intervals with that without a norm.\n\nA gradient attack from one start is "
+        "a lower bound of what an attacker can do, and differs in strength by how smooth a net is. A norm is no "
         "defence: whoever needs robustness trains on attacked images."
     )
 
@@ -175,7 +175,7 @@ REPLICATION = Replication(
     ),
     protocol=(
         "`cnn` of `renorm.choices.models` on MNIST at half its resolution (14 x 14), SGD with momentum 0.9, batches "
-        "of 32, three learning rates. Robustness falls with training as well, so that norms are compared at like "
+        "of 32, three learning rates. Robustness changes with training as well, so that norms are compared at like "
         "clean accuracy: without a norm the best learning rate is taken, with each norm the one whose mean clean "
         "accuracy is nearest to that. The attack is projected gradient ascent (PGD) on the loss in evaluation mode, "
         "from a random start, within eps of each pixel (white is 1); accuracy under attack is of the first test "
