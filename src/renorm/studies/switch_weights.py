@@ -97,8 +97,8 @@ def reading(rows: Rows) -> str:
         return " at 32 and ".join(shares[arm, moment]) + " at 2"
 
     return (
-        "The published comparison has equal epochs, and so a batch of 2 takes 16 times the steps of a batch of 32. "
-        "The two arms tell how much of the fall is due to that. Batch statistics' share of the mean is "
+        "With equal epochs a batch of 2 takes 16 times the steps of a batch of 32. The two arms tell how much of the "
+        "fall is due to that. Batch statistics' share of the mean is "
         f"{change('epochs', 'mean')} with equal epochs, {change('steps', 'mean')} with equal steps; that of the "
         f"variance {change('epochs', 'var')}, and {change('steps', 'var')}.\n\n"
         "The weights move slowly and are trained like all others: they are no ranking of norms, and no measure of how "
