@@ -12,7 +12,7 @@ from renorm.norms.batch import BatchRenorm, Ramp
 from renorm.norms.zoo import BatchNorm
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Interval, Rows, Value, percent, percent_points
 from renorm.studies.training import accuracy, fit, mnist, reestimate
 
 _BATCHES: tuple[Condition, ...] = (
@@ -78,11 +78,11 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
     return (
         Claim(
             "independent batches of 32: batch renorm's accuracy is within 1 point of batch norm's",
-            _points(same),
+            percent_points(same),
             abs(same.mean) <= 0.01,
         ),
-        Claim("two classes in a batch of 32: it is at least 5 points above", _points(mixed), mixed.mean >= 0.05),
-        Claim("independent batches of 4: it is at least 2 points above", _points(small), small.mean >= 0.02),
+        Claim("two classes in a batch of 32: it is at least 5 points above", percent_points(mixed), mixed.mean >= 0.05),
+        Claim("independent batches of 4: it is at least 2 points above", percent_points(small), small.mean >= 0.02),
     )
 
 
@@ -102,7 +102,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
                 rows.mean("test", **where, norm="renorm"),
             )
             title = f"{batches['batches']}, {batches['batch_size']}"
-            lines.append((str(steps), title, *map(_percent, shown), _points(_gain(rows, where))))
+            lines.append((str(steps), title, *map(percent, shown), percent_points(_gain(rows, where))))
     head = ("steps", "batches", "batch norm", "its statistics set to all training data's", "batch renorm", "gain")
     return (Table("Test accuracy", head, tuple(lines)),)
 
@@ -126,20 +126,12 @@ def reading(rows: Rows) -> str:
     running, all_data = (rows.mean(name, **where) for name in ("test", "reestimated"))
     return (
         "The mean of a batch of two classes says which two they are. Training can lean on that, evaluation cannot. "
-        f"Statistics of all training data take batch norm from {_percent(running)} to {_percent(all_data)} only: it is "
+        f"Statistics of all training data take batch norm from {percent(running)} to {percent(all_data)} only: it is "
         "the trained weights that are off, not just the running averages.\n\nBatch renorm is no better while its "
         "limits still grow and the running statistics still lag (200 steps). And the gap is one of early training: in "
         "a trial run with a learning rate of 0.05, after 2,000 steps batch norm was 1 point behind. If batches can be "
         "mixed, mix them."
     )
-
-
-def _percent(value: Interval) -> str:
-    return value.share().text(1, 100, "%")
-
-
-def _points(value: Interval) -> str:
-    return value.text(1, 100, " points")
 
 
 def _conditions(steps: tuple[int, ...]) -> tuple[Condition, ...]:

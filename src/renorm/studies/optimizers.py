@@ -12,7 +12,7 @@ from torch import nn, optim
 from renorm.choices import models, optimizers
 from renorm.studies.picture import Plot, draw
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value, geometric, interval
+from renorm.studies.rows import Condition, Interval, Rows, Value, geometric, interval, percent
 from renorm.studies.training import accuracy, digits, fit, shuffled
 
 _CONDITION = 1000.0  # largest over smallest curvature, where contraction is measured
@@ -184,7 +184,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
     for name in optimizers.NAMES:
         rate, steps = _fastest(rows, name)
         where = rows.where(part="digits", optimizer=name, lr=rate)
-        real.append((name, f"{rate:g}", steps.text(0), where.mean("test").share().text(1, 100, "%")))
+        real.append((name, f"{rate:g}", steps.text(0), percent(where.mean("test"))))
     return (
         Table(
             "Steps to a thousandth of the distance on a ravine of condition 100, each seed at its best learning rate",

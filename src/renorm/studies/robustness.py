@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 from renorm.choices.models import build
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value, percent, percent_points
 from renorm.studies.training import accuracy, fit, mnist, shuffled
 
 _NORMS = {
@@ -77,12 +77,12 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
     return (
         Claim(
             "at the matched learning rates, clean accuracy with and without batch norm differs by at most 2 points",
-            gap.text(1, 100, " points"),
+            percent_points(gap),
             abs(gap.mean) <= 0.02,
         ),
         Claim(
             f"under attack with eps {_JUDGED}, accuracy without a norm is at least 10 points higher",
-            lost.text(1, 100, " points"),
+            percent_points(lost),
             lost.mean >= 0.10,
         ),
     )
@@ -105,7 +105,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
 
 
 def _cells(rows: Rows, norm: str, rate: float) -> tuple[str, ...]:
-    return tuple(_percent(rows.mean(name, norm=norm, lr=rate)) for name in ("clean", *_EPS))
+    return tuple(percent(rows.mean(name, norm=norm, lr=rate)) for name in ("clean", *_EPS))
 
 
 def draw_rows(rows: Rows) -> str:
@@ -134,18 +134,14 @@ def reading(rows: Rows) -> str:
     """What follows."""
     rates = matched(rows)
     found = {norm: rows.mean(_JUDGED, norm=norm, lr=rates[norm]) for norm in _NORMS}
-    others = ", ".join(f"{title} {_percent(found[norm])}" for norm, title in _NORMS.items() if norm != "batch")
+    others = ", ".join(f"{title} {percent(found[norm])}" for norm, title in _NORMS.items() if norm != "batch")
     return (
-        f"At like clean accuracy and eps {_JUDGED}, batch norm leaves {_percent(found['batch'])}; {others}. So it is "
+        f"At like clean accuracy and eps {_JUDGED}, batch norm leaves {percent(found['batch'])}; {others}. So it is "
         "not normalizing as such that costs here: it is batch norm above all. That other norms hurt as well (Benz et "
         "al.) is not judged; compare their intervals with that without a norm.\n\nA gradient attack from one start is "
         "a lower bound of what an attacker can do, and differs in strength by how smooth a net is. A norm is no "
         "defence: whoever needs robustness trains on attacked images."
     )
-
-
-def _percent(value: Interval) -> str:
-    return value.share().text(1, 100, "%")
 
 
 def _conditions(epochs: int, attacked: int, steps: int) -> tuple[Condition, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Condition", "Interval", "Row", "Rows", "Value", "geometric", "interval"]
+__all__ = ["Condition", "Interval", "Row", "Rows", "Value", "geometric", "interval", "percent", "percent_points"]
 
 Condition = Mapping[str, str | int | float]  # the settings of a measurement, by name
 Value = float | list[float]  # a number, or a curve
@@ -58,6 +58,16 @@ def interval(values: Iterable[float]) -> Interval:
         return Interval(mean, math.nan, math.nan, len(x))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half, len(x))
+
+
+def percent(share: Interval) -> str:
+    """A share in words: ``2.7% (2.3 to 3.1)``."""
+    return share.share().text(1, 100, "%")
+
+
+def percent_points(difference: Interval) -> str:
+    """A difference of shares in words: ``2.7 points (2.3 to 3.1)``."""
+    return difference.text(1, 100, " points")
 
 
 def geometric(ratios: Iterable[float]) -> Interval:

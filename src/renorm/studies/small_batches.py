@@ -10,7 +10,7 @@ from torch import optim
 from renorm.choices.models import build
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value, percent, percent_points
 from renorm.studies.training import accuracy, digits, fit, mnist, reestimate, shuffled
 
 _SIZES = (32, 8, 4, 2)
@@ -54,17 +54,17 @@ def _judge(rows: Rows, data: str) -> tuple[Claim, ...]:
     return (
         Claim(
             f"{title}: batch norm's test error at 2 is at least 10 points above that at 32",
-            _points(lost["batch"]),
+            percent_points(lost["batch"]),
             lost["batch"].mean >= 0.10,
         ),
         Claim(
             f"{title}: group norm's differs by at most 1.5 points",
-            _points(lost["group(32)"]),
+            percent_points(lost["group(32)"]),
             abs(lost["group(32)"].mean) <= 0.015,
         ),
         Claim(
             f"{title}: at 32, batch norm's is at most group norm's",
-            " against ".join(_percent(one) for one in at_32),
+            " against ".join(percent(one) for one in at_32),
             at_32[0].mean <= at_32[1].mean,
         ),
     )
@@ -77,7 +77,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
         for size in rows.where(**where).levels("batch_size"):
             at = {**where, "batch_size": size}
             shown = [
-                _percent(rows.mean(name, **at, norm=norm)) if rows.where(**at, norm=norm).rows else ""
+                percent(rows.mean(name, **at, norm=norm)) if rows.where(**at, norm=norm).rows else ""
                 for norm, name in (
                     ("batch", "test_error"),
                     ("batch", "train_error"),
@@ -114,26 +114,18 @@ def reading(rows: Rows) -> str:
     said = (
         "In an MLP two samples a batch are two values for each channel: standardized, they are +1 and -1 whatever "
         "they were, and all that is left of a sample is the order of the two. It is no matter of evaluation alone: on "
-        f"the digits at 2, the training error is {_percent(train)}, and with statistics of all training data in place "
-        f"of the running ones the test error is {_percent(all_data)}. `renorm check` warns below 16 values for each "
+        f"the digits at 2, the training error is {percent(train)}, and with statistics of all training data in place "
+        f"of the running ones the test error is {percent(all_data)}. `renorm check` warns below 16 values for each "
         "channel."
     )
     if not (net := rows.where(model="resnet")).rows:
         return said
     small, large = (net.mean("test_error", batch_size=size) for size in (2, 32))
     return (
-        f"{said}\n\n**Counter-example**: a small ResNet on the digits has an error of {_percent(small)} at 2 and "
-        f"{_percent(large)} at 32. Its channels have up to 64 positions in each image, so that two samples are over a "
+        f"{said}\n\n**Counter-example**: a small ResNet on the digits has an error of {percent(small)} at 2 and "
+        f"{percent(large)} at 32. Its channels have up to 64 positions in each image, so that two samples are over a "
         "hundred values: what counts is the number of values, not that of samples."
     )
-
-
-def _percent(value: Interval) -> str:
-    return value.share().text(1, 100, "%")
-
-
-def _points(value: Interval) -> str:
-    return value.text(1, 100, " points")
 
 
 def _conditions(data: tuple[str, ...], epochs: int) -> tuple[Condition, ...]:

@@ -12,7 +12,7 @@ from renorm.measures import smoothness as measures
 from renorm.norms import named
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value, percent, percent_points
 from renorm.studies.training import accuracy, fit, mnist, shuffled
 
 _NORMS = {"none": "no norm", "batch": "batch norm"}
@@ -87,7 +87,7 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
         ),
         Claim(
             "the final accuracy is about the same: at its own best learning rate each, at most 2 points apart",
-            f"{_percent(best[1])} with batch norm, {_percent(best[0])} without; {gap.text(1, 100, ' points')} apart",
+            f"{percent(best[1])} with batch norm, {percent(best[0])} without; {percent_points(gap)} apart",
             abs(gap.mean) <= 0.02,
         ),
     )
@@ -110,8 +110,7 @@ def _rates(rows: Rows) -> list[float]:
 def tables(rows: Rows) -> tuple[Table, ...]:
     """Accuracy by learning rate, and the medians."""
     lines = tuple(
-        (f"{rate:g}", *(_percent(rows.mean("accuracy", norm=norm, lr=rate)) for norm in _NORMS))
-        for rate in _rates(rows)
+        (f"{rate:g}", *(percent(rows.mean("accuracy", norm=norm, lr=rate)) for norm in _NORMS)) for rate in _rates(rows)
     )
     medians = tuple(
         (title, *(rows.mean(f"{name}_median", norm=norm, lr=_LOOKED_AT).text(2) for norm in _NORMS))
@@ -148,15 +147,11 @@ def reading(rows: Rows) -> str:
         "Batch norm makes this net easier to train, in both senses: along the gradient loss and gradient change less, "
         "and learning rates work that without a norm end in chance or in infinity.\n\nThat a norm does not change the "
         "final accuracy is a claim of its own, and it depends on the net and on how "
-        f"long it trains. Here, at the best rates, it is {_percent(without)} without a norm and "
-        f"{_percent(with_norm)} with one; in eight convolutions without skips a norm has most to do.\n\n"
+        f"long it trains. Here, at the best rates, it is {percent(without)} without a norm and "
+        f"{percent(with_norm)} with one; in eight convolutions without skips a norm has most to do.\n\n"
         "A low value is no merit by itself. In a trial with torch's default initialization the same net without a "
         "norm did not learn at all, and its beta was far below all of these."
     )
-
-
-def _percent(value: Interval) -> str:
-    return value.share().text(1, 100, "%")
 
 
 def _conditions(rates: tuple[float, ...], epochs: int) -> tuple[Condition, ...]:

@@ -13,7 +13,7 @@ from renorm.choices.models import build
 from renorm.norms.zoo import SwitchNorm
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value, percent
 from renorm.studies.training import accuracy, digits, fit, shuffled
 
 _SIZES = (32, 8, 2)
@@ -65,7 +65,7 @@ def tables(rows: Rows) -> tuple[Table, ...]:
         for size in _SIZES:
             where = {"equal": arm, "batch_size": size}
             shares = (rows.mean(f"{m}_{name}", **where).text(2) for m in _MOMENTS for name in _PARTITIONS)
-            lines.append((str(size), *shares, rows.mean("test", **where).share().text(1, 100, "%")))
+            lines.append((str(size), *shares, percent(rows.mean("test", **where))))
         head = ("batch size", *(f"{of}: {name}" for of in _MOMENTS.values() for name in _PARTITIONS), "test accuracy")
         made.append(Table(f"Weights, means over the layers, {title}", head, tuple(lines)))
     return tuple(made)
