@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,18 +35,23 @@ def measure(condition: Condition, seed: int) -> Mapping[str, Value]:
         if step % _EVERY == 0:
             found.append(measures.smoothness(model, lambda: F.cross_entropy(model(x), y), lr=rate))
 
-    batches = shuffled(len(images.x_train), 64, int(condition["epochs"]))
+    epochs = int(condition["epochs"])
+    batches = shuffled(len(images.x_train), 64, epochs)
     optimizer = optim.SGD(model.parameters(), lr=rate)
     fit(model, images, batches, optimizer, *([look] if rate == _LOOKED_AT else []))
-    curves: dict[str, Value] = {
+    end: dict[str, Value] = {"accuracy": accuracy(model, images.x_test, images.y_test)}
+    if not found:
+        return end
+    missed = -(-epochs * (len(images.x_train) // 64) // _EVERY) - len(found)  # a loss that is not finite ends it
+    curves = {
         "beta": [one.beta for one in found],
         "change": [one.gradient_range[1] for one in found],
         "range": [one.loss_range[1] - one.loss_range[0] for one in found],
     }
-    ends = {"accuracy": accuracy(model, images.x_test, images.y_test)}
-    return ends | (
-        curves | {f"{name}_median": float(np.median(curve)) for name, curve in curves.items()} if found else {}
-    )
+    for name, curve in curves.items():
+        end[name] = curve + [math.nan] * missed
+        end[f"{name}_median"] = float(np.nanmedian(curve))
+    return end
 
 
 def plain_net(norm: str) -> nn.Module:
@@ -128,7 +134,7 @@ def draw_rows(rows: Rows) -> str:
     for name, title in _MEASURES.items():
         curves = {}
         for norm, label in _NORMS.items():
-            values = np.median(rows.values(name, norm=norm, lr=_LOOKED_AT), axis=0)
+            values = np.nanmedian(rows.values(name, norm=norm, lr=_LOOKED_AT), axis=0)
             curves[label] = [(_EVERY * index, float(value)) for index, value in enumerate(values)]
         plots.append(Plot(f"{title}, log10, by step", curves, log_y=True))
     rates = _rates(rows)
