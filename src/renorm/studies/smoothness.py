@@ -185,7 +185,7 @@ REPLICATION = Replication(
         "where the mean test accuracy is at least 90% of that at the net's best rate. Curves are medians over seeds."
     ),
     quick=Plan(_conditions(_RATES, 4), 3, "3,000 images (with `renorm[studies]`), 4 epochs, 5 learning rates, 3 seeds"),
-    full=Plan(_conditions(_RATES, 12), 4, "the same with 12 epochs, 4 seeds"),
+    full=Plan(_conditions(_RATES, 12), 3, "the same with 12 epochs"),
     measure=measure,
     judge=judge,
     tables=tables,
