@@ -15,7 +15,7 @@ from renorm.errors import StudyError
 from renorm.studies import catalogue
 from renorm.studies.page import contents, page, write
 from renorm.studies.replication import Claim, verdict
-from renorm.studies.rows import Row, Rows, interval
+from renorm.studies.rows import Row, Rows, geometric, interval
 from renorm.studies.run import Results, run
 
 PAGES = Path(__file__).parent.parent / "docs" / "studies"
@@ -27,6 +27,13 @@ def test_an_interval_is_that_of_a_t_test():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert math.isnan(interval([3.0]).low)
     assert interval([3.0]).text(1) == "3.0"
+    assert interval([3.0, math.inf]).text(1) == "inf"
+
+
+def test_a_ratio_has_the_interval_of_its_logarithm():
+    found = geometric([2.0, 8.0])
+    assert found.mean == pytest.approx(4)
+    assert found.low * found.high == pytest.approx(16)
 
 
 def rows():

@@ -11,7 +11,16 @@ from renorm.studies.replication import Replication
 __all__ = ["NAMES", "get"]
 
 # In the order of the documentation. The name is that of the module, with hyphens.
-NAMES: tuple[str, ...] = ("model-selection",)
+NAMES: tuple[str, ...] = (
+    "small-batches",
+    "smoothness",
+    "robustness",
+    "batch-renorm",
+    "switch-weights",
+    "optimizers",
+    "divergences",
+    "model-selection",
+)
 
 
 def get(name: str) -> Replication:

@@ -12,7 +12,7 @@ from scipy import stats
 from renorm.measures.criteria import Criteria, log_likelihood
 from renorm.studies.picture import Plot, draw, points
 from renorm.studies.replication import Claim, Plan, Published, Replication, Table
-from renorm.studies.rows import Condition, Interval, Rows, Value
+from renorm.studies.rows import Condition, Rows, Value, percent
 
 _ORDERS = range(1, 9)  # candidate models: the first so many columns
 _TRUE, _SLOPE = 4, 0.5  # columns that the target depends on, and how; the noise has variance 1
@@ -51,15 +51,15 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
     aic = [rows.mean("aic_right", n=n) for n in _SIZES if n >= 1000]
     first, last = rows.mean("bic_larger", n=100), rows.mean("bic_larger", n=10_000)
     return (
-        Claim("BIC picks the true model in at least 98% of data sets at n = 10,000", _percent(bic), bic.mean >= 0.98),
+        Claim("BIC picks the true model in at least 98% of data sets at n = 10,000", percent(bic), bic.mean >= 0.98),
         Claim(
             "AIC picks it in 65 to 80% from n = 1,000 on, whatever n",
-            ", ".join(_percent(one) for one in aic),
+            ", ".join(percent(one) for one in aic),
             all(0.65 <= one.mean <= 0.80 for one in aic),
         ),
         Claim(
             "BIC's share of too large models falls with n",
-            f"{_percent(first)} at n = 100, {_percent(last)} at 10,000",
+            f"{percent(first)} at n = 100, {percent(last)} at 10,000",
             last.mean < first.mean,
         ),
     )
@@ -68,7 +68,7 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
 def tables(rows: Rows) -> tuple[Table, ...]:
     """The shares, and what one needless parameter is taken with in theory."""
     shares = ("aic_right", "bic_right", "aic_larger", "bic_larger")
-    found = tuple((f"{n:,}", *(_percent(rows.mean(share, n=n)) for share in shares)) for n in _SIZES)
+    found = tuple((f"{n:,}", *(percent(rows.mean(share, n=n)) for share in shares)) for n in _SIZES)
     theory = tuple((f"{n:,}", f"{_needless(2):.2%}", f"{_needless(math.log(n)):.2%}") for n in _SIZES)
     return (
         Table(
@@ -104,10 +104,6 @@ def reading(rows: Rows) -> str:
         "needless small parameter costs little. BIC's falls to nothing, since a parameter costs ln n. This holds for a "
         "true model among few candidates. A deep network has no such k and n: compare held-out scores there."
     )
-
-
-def _percent(value: Interval) -> str:
-    return value.share().text(1, 100, "%")
 
 
 def _plan(repeats: int, seeds: int) -> Plan:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Condition", "Interval", "Row", "Rows", "Value", "interval"]
+__all__ = ["Condition", "Interval", "Row", "Rows", "Value", "geometric", "interval", "percent", "percent_points"]
 
 Condition = Mapping[str, str | int | float]  # the settings of a measurement, by name
 Value = float | list[float]  # a number, or a curve
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95% confidence interval (Student's t); one seed has none."""
+    """A mean over seeds with its 95% confidence interval (Student's t); one seed has none, nor has what is infinite."""
 
     mean: float
     low: float
@@ -54,10 +54,26 @@ def interval(values: Iterable[float]) -> Interval:
     """The mean of the values, one for each seed, with its interval."""
     x = np.asarray(list(values), dtype=np.float64)
     mean = float(x.mean()) if len(x) else math.nan
-    if len(x) < 2:
+    if len(x) < 2 or not np.isfinite(x).all():
         return Interval(mean, math.nan, math.nan, len(x))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half, len(x))
+
+
+def percent(share: Interval) -> str:
+    """A share in words: ``2.7% (2.3 to 3.1)``."""
+    return share.share().text(1, 100, "%")
+
+
+def percent_points(difference: Interval) -> str:
+    """A difference of shares in words: ``2.7 points (2.3 to 3.1)``."""
+    return difference.text(1, 100, " points")
+
+
+def geometric(ratios: Iterable[float]) -> Interval:
+    """The geometric mean of ratios, one for each seed, with the interval of their logarithms."""
+    log = interval(np.log(np.asarray(list(ratios), dtype=np.float64)))
+    return Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.num)
 
 
 @dataclass(frozen=True)
@@ -88,15 +104,8 @@ class Rows:
 
     def difference(self, name: str, first: Mapping[str, object], second: Mapping[str, object]) -> Interval:
         """First less second, seed by seed."""
-        return self._paired(name, first, second, np.subtract)
+        return interval(self.values(name, **first) - self.values(name, **second))
 
     def ratio(self, name: str, first: Mapping[str, object], second: Mapping[str, object]) -> Interval:
         """First over second, seed by seed: the geometric mean, and the interval of the logarithms."""
-        log = self._paired(name, first, second, lambda a, b: np.log(a) - np.log(b))
-        return Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), log.num)
-
-    def _paired(
-        self, name: str, first: Mapping[str, object], second: Mapping[str, object], join: Callable[..., object]
-    ) -> Interval:
-        a, b = self.values(name, **first), self.values(name, **second)
-        return interval(np.asarray(join(a, b), dtype=np.float64))
+        return geometric(self.values(name, **first) / self.values(name, **second))

@@ -19,7 +19,7 @@ import renorm
 from renorm.comparison.atomic import writing
 from renorm.comparison.run import num_jobs
 from renorm.errors import StudyError
-from renorm.studies import catalogue
+from renorm.studies import catalogue, training
 from renorm.studies.replication import Plan, Replication
 from renorm.studies.rows import Condition, Row, Rows
 
@@ -115,7 +115,7 @@ def _measure(name: str, condition: Condition, seed: int, path: Path) -> tuple[Pa
     """One measurement; in a process of its own, or in this one where there is one job."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of a sum depends on the number of threads
-    start = time.monotonic()
+    start = time.process_time()  # what else the machine does is not counted
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,12 +127,13 @@ def _measure(name: str, condition: Condition, seed: int, path: Path) -> tuple[Pa
         ) from error
     finally:
         torch.set_num_threads(threads)
-    return path, Row(dict(condition), seed, values, round(time.monotonic() - start, 2))
+    return path, Row(dict(condition), seed, values, round(time.process_time() - start, 2))
 
 
 def _key(replication: Replication, condition: Condition, seed: int) -> str:
     """Of the condition, the seed, and the code that measures."""
-    code = Path(sys.modules[replication.measure.__module__].__file__ or "").read_bytes()
+    files = (sys.modules[replication.measure.__module__].__file__ or "", training.__file__)
+    code = b"".join(Path(file).read_bytes() for file in files)
     what: list[Any] = [replication.name, sorted(condition.items()), seed, hashlib.sha256(code).hexdigest()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
