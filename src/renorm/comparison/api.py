@@ -110,13 +110,20 @@ def compare(
         epochs: passes over the training part; if left out 15, in a forecast 8.
         target: the column to predict, where ``train`` names a table.
         task: "classification", "regression", "forecast", or "auto" to see the first two from the targets.
-        time, series, columns, static, gaps, missing: of a forecast: which column of the long table is what, and what is
-            made of its holes; see :class:`renorm.comparison.series.Layout`.
-        window, horizon, season, stride, aggregate: of a forecast: steps of the past and to come; see
-            :func:`renorm.comparison.panel.divide`.
-        pooling: of a forecast: "local", a model for each series; "pooled", one for all; "static", one for all that sees
+        time: of a forecast, as all down to `bar`: the column of the times; see `renorm.comparison.series.Layout`.
+        series: the column that names the series.
+        columns: the columns of values.
+        static: the columns of features that do not change.
+        gaps: what is made of missing times.
+        missing: what is made of missing values.
+        window: steps of the past that a model sees; see `renorm.comparison.panel.divide`.
+        horizon: steps to come that it predicts.
+        season: steps after which the series repeats.
+        stride: steps from one window to the next.
+        aggregate: how a bar is made of each column.
+        pooling: "local", a model for each series; "pooled", one for all; "static", one for all that sees
             static features.
-        bar: of a forecast: how many steps an entry of the past holds.
+        bar: how many steps an entry of the past holds.
         replace: which of the module's norms give way: the left side of a rule of :func:`renorm.swap`.
         name: the study's name, and its folder's.
         folder: where studies are kept; ``renorm-runs`` in the current folder if left out.
