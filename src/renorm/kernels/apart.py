@@ -1,4 +1,4 @@
-"""Measure and apply in two calls of the extension, with a solve of one's own between them.
+"""Measure and apply in two calls of the kernels, with a solve of one's own between them.
 
 The backward of apply leaves dy to that of measure, which writes dx once.
 """
@@ -125,7 +125,7 @@ class _Apply(torch.autograd.Function):
             return dx, zero, *rest, None, None, None, None, None, None
         w, b = native.to_kernel(weight, made, part), native.to_kernel(bias, made, part)
         dy = native.lying(dy, made.y_strides)
-        daffine = native.new_stats(made)
+        daffine = native.new_stats(made, x.device)
         dx, dw, db = native.backward(
             native.lying(x, made.x_strides),
             dy,
@@ -180,7 +180,7 @@ def measure(
     x: Tensor, part: Partition, made: Nest, *, mask: Tensor | None = None, about_zero: bool = False
 ) -> tuple[Moments, Measured]:
     """Moments of each set, differentiable, and what `apply` needs of this call."""
-    stats, upstream = native.new_stats(made), _Upstream()
+    stats, upstream = native.new_stats(made, x.device), _Upstream()
     mask = native.mask_for(mask, made)
     mean, var = native.run(_Measure, x, mask, part, made, about_zero, stats, upstream)
     count = stats[2:3] if mask is not None else stats[2:3, :1]
@@ -190,7 +190,7 @@ def measure(
 
 def given(mean: Tensor, var: Tensor, part: Partition, made: Nest, mask: Tensor | None) -> Measured:
     """The same for statistics that do not come from the input."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device=mean.device)
     with torch.no_grad():
         stats = native.stats_to_kernel([mean, var, one, one], made, part)
     return Measured(made, native.mask_for(mask, made), stats, None, None)

@@ -18,6 +18,7 @@ __all__ = [
     "batch_norm_in_training",
     "missing",
     "module",
+    "observed",
     "status",
     "traceable",
     "track",
@@ -63,22 +64,11 @@ def missing() -> str:
 
 
 def status() -> str:
-    """Which kernels this installation has, and why.
-
-    >>> print(status())
-    native: ...
-    torch: ...
-    reference: plain torch operations, for everything else
-    """
+    """What there is of the extension, in words."""
     if _MODULE is None:
-        native = f"not available: {_MISSING}"
-    else:
-        threads = "torch's threads" if _MODULE.openmp else "one thread"
-        native = f"{_MODULE.instructions} kernels for CPU tensors, on {threads}"
-    return (
-        f"native: {native}\ntorch: {torch.__version__}, where its kernels are exact\n"
-        "reference: plain torch operations, for everything else"
-    )
+        return f"not available: {_MISSING}"
+    threads = "torch's threads" if _MODULE.openmp else "one thread"
+    return f"{_MODULE.instructions} kernels for CPU tensors, on {threads}"
 
 
 def usable(x: Tensor) -> bool:
@@ -90,15 +80,20 @@ def why_not(x: Tensor) -> str | None:
     """The reason against it."""
     if _MODULE is None:
         return _MISSING
+    if not x.is_cpu:
+        return f"the input is on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"the input is {x.dtype}"
+    return observed(x)
+
+
+def observed(x: Tensor) -> str | None:
+    """What looks at operations on `x`, so that no pointer to it may be taken."""
     if torch.compiler.is_compiling():
         return "a graph is being traced"
     kind = type(x)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         return f"the input is a {kind.__name__}"
-    if not x.is_cpu:
-        return f"the input is on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"the input is {x.dtype}"
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()

@@ -1,4 +1,4 @@
-"""The norm in one call of the extension: measured, standardized and recovered, alone or with its neighbours.
+"""The norm in one call of the kernels: measured, standardized and recovered, alone or with its neighbours.
 
 Forward saves the input and the small statistics; a second derivative goes through the reference kernels.
 """
@@ -36,9 +36,9 @@ def normalize(
     if mask is not None:
         mask = native.mask_for(mask, made)
     if native.learns(x, weight, bias):
-        stats = native.new_stats(made)
+        stats = native.new_stats(made, x.device)
         return native.run(_Normalize, x, weight, bias, mask, part, made, eps, about_zero, stats), stats
-    found = native.new_stats(made) if wants_stats else None
+    found = native.new_stats(made, x.device) if wants_stats or made.backend == "triton" else None
     return _normalized(x, made, part, weight, bias, eps, about_zero, mask, found), found
 
 
@@ -122,6 +122,11 @@ def _normalized(
     stats: Tensor | None,
 ) -> Tensor:
     x, w, b = native.lying(x, made.x_strides), native.to_kernel(weight, made, part), native.to_kernel(bias, made, part)
+    if made.backend == "triton":
+        assert stats is not None
+        y_or_none = native.forward(x, made, stats, w, b, eps=eps, about_zero=about_zero, mask=mask)
+        assert y_or_none is not None
+        return y_or_none
     parameter = w if w is not None else b
     # Asking torch for its threads costs more than a small tensor needs.
     threads = torch.get_num_threads() if made.entries >= _PARALLEL else 1
@@ -185,34 +190,19 @@ class _Neighbours(torch.autograd.Function):
         activation: str | None,
         stats: Tensor,
     ) -> Any:
-        y = native.output(x, made)
         total = None if residual is None else native.output(x, made)
-        added = None if residual is None else native.lying(residual, made.y_strides)
-        laid, w, b = (
+        y = native.forward(
             native.lying(x, made.x_strides),
+            made,
+            stats,
             native.to_kernel(weight, made, part),
             native.to_kernel(bias, made, part),
-        )
-        parameter = w if w is not None else b
-        extension.module().forward(
-            made.packed,
-            extension.DTYPES[x.dtype],
-            0 if parameter is None else extension.DTYPES[parameter.dtype],
-            torch.get_num_threads(),
-            about_zero,
-            0 if activation is None else native.ACTIVATIONS[activation][0],
-            native.SLOPE,
-            eps,
-            laid.data_ptr(),
-            native.address(added),
-            native.address(total),
-            y.data_ptr(),
-            native.address(mask),
-            native.address(w),
-            native.address(b),
-            stats.data_ptr(),
-            False,
-            0,
+            eps=eps,
+            about_zero=about_zero,
+            mask=mask,
+            residual=None if residual is None else native.lying(residual, made.y_strides),
+            total=total,
+            activation=activation,
         )
         ctx.save_for_backward(x if total is None else total, weight, bias, mask)
         ctx.rest = part, made, eps, about_zero, activation, stats, total is not None
@@ -237,7 +227,7 @@ class _Neighbours(torch.autograd.Function):
                 dx = dx + dtotal
         else:
             if added:  # the sum lies as y does
-                back = nest(part, x.shape, x.stride(), None if mask is None else mask.stride())
+                back = nest(part, x.shape, x.stride(), None if mask is None else mask.stride(), made.backend)
                 assert not isinstance(back, str)
                 made = back
             dx, dw, db = gradients(
@@ -260,7 +250,7 @@ def normalize_with_neighbours(
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``activation(norm(x + residual))``, the sum, and the statistics."""
-    stats = native.new_stats(made)
+    stats = native.new_stats(made, x.device)
     mask = native.mask_for(mask, made)
     found = native.run(_Neighbours, x, residual, weight, bias, mask, part, made, eps, about_zero, activation, stats)
     y, total = (found, x) if residual is None else found

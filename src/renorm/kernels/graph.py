@@ -1,4 +1,4 @@
-"""The native kernels as operators of a traced graph: what `torch.compile` sees in place of raw pointers.
+"""The native and the Triton kernels as operators of a traced graph: what `torch.compile` sees in place of raw pointers.
 
 Functional, with shapes for tracing and a backward that is an operator too. The partition travels as text, so that
 a graph can be stored and run by another process.
@@ -39,10 +39,17 @@ def _stat_shape(x: Tensor, part: Partition) -> list[int]:
 
 @torch.library.custom_op("renorm::normalize", mutates_args=())
 def _normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, part: str, eps: float, about_zero: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    part: str,
+    eps: float,
+    about_zero: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     read = _from_text(part)
-    made = native.fit(x, read, weight, bias, mask)
+    made = native.fit(x, read, weight, bias, mask, backend)
     if isinstance(made, str):
         moments = reference.measure(x, read, mask=mask, about_zero=about_zero)
         scale = torch.rsqrt(moments.var + eps)
@@ -61,7 +68,9 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 
 @_normalize.register_fake
-def _(x: Tensor, weight: Any, bias: Any, mask: Any, part: str, eps: float, about_zero: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Any, bias: Any, mask: Any, part: str, eps: float, about_zero: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty([4, *_stat_shape(x, _from_text(part))], dtype=torch.float64)
 
 
@@ -76,9 +85,10 @@ def _backward(
     part: str,
     eps: float,
     about_zero: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     read = _from_text(part)
-    made = native.fit(x, read, weight, bias, mask)
+    made = native.fit(x, read, weight, bias, mask, backend)
     empty = x.new_empty(0)
     if isinstance(made, str):
         leaf = x.detach().requires_grad_()
@@ -99,7 +109,16 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Any, bias: Any, mask: Any, stats: Tensor, part: str, eps: float, about_zero: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    stats: Tensor,
+    part: str,
+    eps: float,
+    about_zero: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = x.new_empty(0)
     dw = empty if weight is None else weight.new_empty(weight.shape)
@@ -108,9 +127,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, mask, part, eps, about_zero = inputs
+    x, weight, bias, mask, part, eps, about_zero, backend = inputs
     ctx.save_for_backward(x, weight, bias, mask, output[1])
-    ctx.rest = part, eps, about_zero
+    ctx.rest = part, eps, about_zero, backend
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> Any:
@@ -121,7 +140,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> Any:
         dx if needs[0] else None,
         dw if needs[1] else None,
         db if needs[2] else None,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -138,8 +157,9 @@ def normalize(
     *,
     about_zero: bool = False,
     mask: Tensor | None = None,
+    backend: str = "native",
 ) -> tuple[Tensor, Moments]:
     """`fused.normalize` inside a graph, `text` being `to_text(part)`; and the moments, without a gradient."""
-    y, stats = _normalize(x, weight, bias, mask, text, eps, about_zero)
+    y, stats = _normalize(x, weight, bias, mask, text, eps, about_zero, backend)
     mean, var, count, _ = stats.detach()
     return y, Moments(count, mean, var, part.names)

@@ -1,4 +1,6 @@
-"""The extension's two calls on tensors: layouts, parameters and statistics in its order, and who works out gradients.
+"""The two calls on tensors, of the extension or Triton: layouts, parameters and statistics in the kernels' order.
+
+And who works out gradients.
 
 `fused` and `apart` are built on them.
 """
@@ -16,6 +18,7 @@ from renorm.errors import ShapeError
 from renorm.kernels import extension
 from renorm.kernels.moments import Moments
 from renorm.kernels.nest import Nest, nest
+from renorm.kernels.triton import available
 from renorm.pattern import Partition
 
 __all__ = [
@@ -39,23 +42,35 @@ __all__ = [
     "stats_to_kernel",
     "stats_to_view",
     "to_kernel",
+    "why_not",
 ]
 
 
+def why_not(x: Tensor, backend: str = "native") -> str | None:
+    """The reason against these kernels for `x`."""
+    return available.why_not(x) if backend == "triton" else extension.why_not(x)
+
+
 def fit(
-    x: Tensor, part: Partition, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None
+    x: Tensor,
+    part: Partition,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None = None,
+    backend: str = "native",
 ) -> Nest | str:
-    """The nest for this call, or the reason why the native kernels cannot run it."""
-    reason = extension.why_not(x)
+    """The nest for this call, or the reason why the kernels of `backend`, native or Triton's, cannot run it."""
+    reason = why_not(x, backend)
     if reason is not None:
         return reason
     parameter = weight if weight is not None else bias
     if parameter is not None:
-        if parameter.dtype not in extension.DTYPES or not parameter.is_cpu:
+        dtypes = available.DTYPES if backend == "triton" else extension.DTYPES
+        if parameter.dtype not in dtypes or parameter.device != x.device:
             return f"the parameters are {parameter.dtype} on {parameter.device.type}"
         if bias is not None and bias.dtype != parameter.dtype:
             return "weight and bias differ in dtype"
-    return nest(part, x.shape, x.stride(), None if mask is None else mask.stride())
+    return nest(part, x.shape, x.stride(), None if mask is None else mask.stride(), backend)
 
 
 def lying(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -147,9 +162,35 @@ def forward(
     measured: bool = False,
     affine: Tensor | None = None,
     only_measure: bool = False,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor | None:
-    """Measure into `stats` and write y; with `measured` only write it, with `only_measure` only measure."""
+    """Measure into `stats` and write y; with `measured` only write it, with `only_measure` only measure.
+
+    A `residual`, which lies as y, is added before, and the sum written to `total`.
+    """
     y = None if only_measure else output(x, made)
+    kind = 0 if activation is None else ACTIVATIONS[activation][0]
+    if made.backend == "triton":
+        available.calls.forward(
+            x,
+            made,
+            stats,
+            weight,
+            bias,
+            y,
+            eps=eps,
+            about_zero=about_zero,
+            mask=mask,
+            residual=residual,
+            total=total,
+            measured=measured,
+            affine=affine,
+            activation=kind,
+            slope=SLOPE,
+        )
+        return y
     parameter = weight if weight is not None else bias
     extension.module().forward(
         made.packed,
@@ -157,12 +198,12 @@ def forward(
         0 if parameter is None else extension.DTYPES[parameter.dtype],
         torch.get_num_threads(),
         about_zero,
-        0,
-        0.0,
+        kind,
+        SLOPE,
         eps,
         x.data_ptr(),
-        0,
-        0,
+        address(residual),
+        address(total),
         address(y),
         address(mask),
         address(weight),
@@ -195,6 +236,28 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that are wanted, the parameters' in the kernel's order."""
     dx = output(x, made) if wants[0] else None
+    kind = 0 if activation is None else ACTIVATIONS[activation][0]
+    if made.backend == "triton":
+        dweight, dbias = available.calls.backward(
+            x,
+            dy,
+            made,
+            stats,
+            weight,
+            bias,
+            dx,
+            about_zero=about_zero,
+            mask=mask,
+            fixed=fixed,
+            affine=affine,
+            combine=combine,
+            wants=wants[1:],
+            affine_gradient=affine_gradient,
+            dsum=dsum,
+            activation=kind,
+            slope=SLOPE,
+        )
+        return dx, dweight, dbias
     dweight = torch.empty_like(weight) if wants[1] and weight is not None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     parameter = weight if weight is not None else bias
@@ -204,7 +267,7 @@ def backward(
         0 if parameter is None else extension.DTYPES[parameter.dtype],
         torch.get_num_threads(),
         about_zero,
-        0 if activation is None else ACTIVATIONS[activation][0],
+        kind,
         SLOPE,
         eps,
         x.data_ptr(),
@@ -225,9 +288,9 @@ def backward(
     return dx, dweight, dbias
 
 
-def new_stats(made: Nest) -> Tensor:
+def new_stats(made: Nest, device: torch.device) -> Tensor:
     """For mean, biased variance, count and 1 / sqrt(var + eps) of each set."""
-    return torch.empty((4, made.sets), dtype=torch.float64, device="cpu")
+    return torch.empty((4, made.sets), dtype=torch.float64, device=device)
 
 
 # ---- activations behind a norm
@@ -260,7 +323,7 @@ def learns(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 def needs_a_graph(dy: Tensor) -> bool:
     """Whether a gradient is to be differentiated again, or is a batch of gradients: then torch works it out."""
     return (
-        torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or extension.why_not(dy) is not None
+        torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or extension.observed(dy) is not None
     )
 
 

@@ -1,4 +1,4 @@
-"""Plan -> Nest: the form in which the native kernels visit a tensor, ``outer x r0 x k1 x r1`` (csrc/job.h).
+"""Plan -> Nest: how the native and the Triton kernels visit a tensor, ``outer x r0 x k1 x r1`` (csrc/job.h).
 
 A *cell* is what one mean and one parameter belong to. Its loops are the kept axes and those averaged axes that the
 parameters run along; sets are made of neighbouring cells (the channels of a group). Where the parameters run along
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,7 +26,7 @@ _X, _Y, _MASK = range(3)
 
 @dataclass(frozen=True)
 class Nest:
-    """What a native kernel needs to know of a partition, a shape and strides."""
+    """What a kernel needs to know of a partition, a shape and strides."""
 
     packed: bytes  # struct Nest of csrc/job.h
     x_strides: tuple[int, ...]  # that the input must have
@@ -44,6 +44,7 @@ class Nest:
     row: bool  # the innermost loop is summed over
     along: bool  # the parameters run along the summed loops
     run: int  # entries of the innermost loop
+    backend: str = "native"  # whose kernels run it; "triton" otherwise
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ class _Loop:
 
 @lru_cache(maxsize=4096)
 def nest(
-    part: Partition, shape: tuple[int, ...], strides: tuple[int, ...], mask_strides: tuple[int, ...] | None = None
+    part: Partition,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    mask_strides: tuple[int, ...] | None = None,
+    backend: str = "native",
 ) -> Nest | str:
     """The nest for a tensor of this shape and these strides, or the reason why there is none. Cached by value.
 
@@ -70,7 +75,7 @@ def nest(
     if isinstance(found, str):
         rows = contiguous(shape)
         found = _nest(part, shape, rows, rows, None if mask_strides is None else rows)
-    return found
+    return found if isinstance(found, str) else replace(found, backend=backend)
 
 
 def _nest(

@@ -2,6 +2,7 @@
 
 The rules, each with the measurement behind it (`benchmarks/results/`; torch 2.13, CPU, 2 threads):
 
+- On CUDA tensors the Triton kernels run wherever Triton does; their speed is not measured yet.
 - On CPU tensors the native kernels run wherever they are faster than torch's, see `_FASTER`, and for everything
   torch has no kernel for: masks, a solve of one's own, other patterns.
 - `F.group_norm` never sees a channels_last tensor: it loses precision there (input N(1000, 1): error 1.2e3,
@@ -22,12 +23,14 @@ from torch import Tensor
 from renorm.errors import BackendError
 from renorm.kernels import aten, extension, fused, native, reference
 from renorm.kernels.moments import Affine, Moments
+from renorm.kernels.triton import available
 from renorm.pattern import Partition
 from renorm.plan import Plan
 
-__all__ = ["BACKENDS", "choose", "explain", "normalize", "standardize"]
+__all__ = ["BACKENDS", "OWN", "choose", "explain", "normalize", "standardize", "status"]
 
-BACKENDS = ("auto", "reference", "torch", "native")
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
+OWN = ("native", "triton")  # kernels of this package
 
 # Read once: what runs should not change while a program does.
 ENVIRONMENT = os.environ.get("RENORM_BACKEND", "auto")
@@ -55,7 +58,7 @@ def choose(
     fixed: bool = False,
     backend: str = "auto",
 ) -> str:
-    """The name of the kernel that will run: ``"native"``, ``"torch.<function>"`` or ``"reference"``.
+    """The name of the kernel that will run: ``"native"``, ``"triton"``, ``"torch.<function>"`` or ``"reference"``.
 
     `op` is what `aten.recognize` said of the partition, `obstacle` a reason of the layer's own against torch's
     kernels, `fixed` whether the statistics are given. Raises BackendError where `backend` names one that cannot run
@@ -64,9 +67,11 @@ def choose(
     backend = resolve(backend)
     if backend == "reference":
         return "reference"
-    traced = torch.compiler.is_compiling() and extension.traceable(x) and obstacle != OWN_SOLVE
-    if traced and (backend == "native" or (backend == "auto" and not fixed and x.numel() >= _TRACED_FROM)):
-        return "native"
+    own = "triton" if backend == "triton" or (backend == "auto" and x.is_cuda) else "native"
+    if torch.compiler.is_compiling() and obstacle != OWN_SOLVE:
+        traced = available.traceable(x) if own == "triton" else extension.traceable(x)
+        if traced and (backend == own or (backend == "auto" and not fixed and x.numel() >= _TRACED_FROM)):
+            return own
     torch_obstacle = obstacle or _why_not_torch(x, op, weight, bias, about_zero, mask)
     by_torch = "torch.rms_norm" if about_zero else f"torch.{op}"
     if backend == "torch":
@@ -76,14 +81,14 @@ def choose(
     if (
         backend == "auto"
         and torch_obstacle is None
-        and (fixed or extension.why_not(x) is not None or not faster(x, part, by_torch, weight, bias))
+        and (fixed or native.why_not(x, own) is not None or not faster(x, part, by_torch, weight, bias))
     ):
         return by_torch
-    found = native.fit(x, part, weight, bias, mask)
+    found = native.fit(x, part, weight, bias, mask, own)
     if not isinstance(found, str):
-        return "native"
-    if backend == "native":
-        raise BackendError(f"backend='native' cannot run here: {found}; write backend='auto' or 'reference'")
+        return own
+    if backend == own:
+        raise BackendError(f"backend={backend!r} cannot run here: {found}; write backend='auto' or 'reference'")
     return by_torch if torch_obstacle is None else "reference"
 
 
@@ -106,7 +111,9 @@ _FASTER: dict[str, tuple[_Spans, _Spans]] = {
 
 
 def faster(x: Tensor, part: Partition, by_torch: str, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the native kernels are faster than this one of torch."""
+    """Whether the kernels of this package are faster than this one of torch."""
+    if x.is_cuda:
+        return True  # not measured yet
     learns, entries = native.learns(x, weight, bias), x.numel()
     if by_torch in ("torch.group_norm", "torch.layer_norm") and not x.is_contiguous():
         return True  # torch's need a copy there and one back
@@ -164,8 +171,8 @@ def normalize(
         return aten.group_norm(x, part, weight, bias, eps), None
     if kernel == "torch.batch_norm":
         return aten.batch_norm(x, part, weight, bias, eps)
-    if kernel == "native":
-        made = native.fit(x, part, weight, bias, mask)
+    if kernel in OWN:
+        made = native.fit(x, part, weight, bias, mask, kernel)
         assert not isinstance(made, str)
         y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
         assert stats is not None
@@ -178,6 +185,22 @@ def normalize(
 def standardize(moments: Moments, eps: float, *, about_zero: bool = False) -> Affine:
     """The plain solve: subtract the mean, divide by the standard deviation (root mean square about zero)."""
     return Affine(torch.rsqrt(moments.var + eps), None if about_zero else moments.mean)
+
+
+def status() -> str:
+    """Which kernels this installation has, and why.
+
+    >>> print(status())
+    native: ...
+    triton: ...
+    torch: ...
+    reference: plain torch operations, for everything else
+    """
+    return (
+        f"native: {extension.status()}\ntriton: {available.status()}\n"
+        f"torch: {torch.__version__}, where its kernels are exact\n"
+        "reference: plain torch operations, for everything else"
+    )
 
 
 class _Layer(Protocol):
@@ -199,4 +222,6 @@ def explain(layer: _Layer, x: Tensor, mask: Tensor | None = None) -> str:
       c     reduced  weighted   2 x 5
       ...0  reduced             5 x 1
     """
-    return f"kernel: {layer.kernel(x, mask)}\n{layer.plan(x)}"
+    kernel = layer.kernel(x, mask)
+    reason = available.why_not(x) if x.is_cuda and kernel != "triton" else None
+    return f"kernel: {kernel}{f' (not triton: {reason})' if reason else ''}\n{layer.plan(x)}"

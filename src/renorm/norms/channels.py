@@ -162,7 +162,8 @@ def by_first_entries(
         var = reference.measure(first, part, mask=some, about_zero=True).var
         return reference.apply(x, part, Affine(torch.rsqrt(var + eps)), weight, mask=mask)
     first_part = partition("... [c]", x.dim())
-    made, first_made = native.fit(x, part, weight, None, mask), native.fit(first, first_part, None, None, some)
+    made = native.fit(x, part, weight, None, mask, kernel)
+    first_made = native.fit(first, first_part, None, None, some, kernel)
     assert not isinstance(made, str)
     assert not isinstance(first_made, str)
     moments, _ = apart.measure(first, first_part, first_made, mask=some, about_zero=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from renorm.errors import ShapeError, UnknownNormError
+from renorm.errors import BackendError, ShapeError, UnknownNormError
 from renorm.kernels import extension, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms import sync
@@ -133,6 +133,17 @@ class InPlaceBatchNorm2d(BatchNorm2d):
         origin = native.run(_Origin, x) if learns and x.requires_grad else None
         z: Tensor = native.run(_InPlace, x, origin, self.weight, self.bias, real, call, learns)
         return z
+
+    def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+        kernel = super()._choose(x, bound, mask)
+        if kernel != "triton":
+            return kernel
+        if select.resolve(self.backend) == "triton":
+            raise BackendError(
+                "backend='triton' cannot run here: there is no Triton kernel that works in place; write "
+                "backend='auto' or 'reference'"
+            )
+        return "reference"
 
     def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
         return super()._obstacle(x, bound) or "torch's kernel keeps its input"
@@ -352,7 +363,7 @@ def _gradients(
             made = native.fit(t, part, None, None, real)
             assert not isinstance(made, str)
             du = native.lying(call.act.backward(dz[rows], z[rows], call.slope), made.y_strides)
-            sums = native.new_stats(made)
+            sums = native.new_stats(made, t.device)
             dx, _, _ = native.backward(
                 native.lying(t, made.x_strides),
                 du,

@@ -121,6 +121,11 @@ class LocalResponseNorm(nn.LocalResponseNorm):
                     "channels; write backend='auto'"
                 )
             return "torch.local_response_norm"
+        if backend == "triton":
+            raise BackendError(
+                "backend='triton' cannot run here: there is no Triton kernel for local response norm; write "
+                "backend='auto' or 'reference'"
+            )
         if backend == "reference" or x.numel() == 0:
             return "reference"
         if not self.within and extension.usable(x):

@@ -79,8 +79,8 @@ class Norm(nn.Module):
             moments of all are merged exactly, whatever the sizes. For norms that average over the first dimension.
         activation: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` or ``"silu"`` behind the norm, in one pass
             where a kernel can.
-        backend: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; the environment's RENORM_BACKEND where it
-            is auto.
+        backend: ``"auto"``, ``"native"``, ``"triton"``, ``"torch"`` or ``"reference"``; the environment's
+            RENORM_BACKEND where it is auto.
         sizes: of the axes, by name. Weighted and running axes need theirs; one part of a split may be open.
 
     Shapes: input and output (any that fits the pattern), weight and bias (the weighted axes' sizes, those of one
@@ -248,8 +248,9 @@ class Norm(nn.Module):
         together = together and not self._uses_running(bound.part, x)
         together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
         real = None if mask is None else expand_mask(mask, x)
-        if together and self._choose(x, bound, real) == "native":
-            made = native.fit(x, bound.part, weight, bias, real)
+        kernel = self._choose(x, bound, real) if together else ""
+        if kernel in select.OWN:
+            made = native.fit(x, bound.part, weight, bias, real, kernel)
             assert not isinstance(made, str)
             y, total, stats = fused.normalize_with_neighbours(
                 x,
@@ -263,7 +264,7 @@ class Norm(nn.Module):
                 mask=real,
                 activation=self.activation,
             )
-            self._remember("native")
+            self._remember(kernel)
             if self._running() is not None:
                 self._track_natively(stats, made, bound)
             return y, total
@@ -324,13 +325,16 @@ class Norm(nn.Module):
         if not self._plain:
             return self._solved(x, part, kernel, mask, *context)
         running = self._running()
-        if kernel == "native" and torch.compiler.is_compiling():
-            y, found = graph.normalize(x, part, bound.text, weight, bias, eps, about_zero=not self.center, mask=mask)
+        if kernel in select.OWN and torch.compiler.is_compiling():
+            about_zero = not self.center
+            y, found = graph.normalize(
+                x, part, bound.text, weight, bias, eps, about_zero=about_zero, mask=mask, backend=kernel
+            )
             if running is not None:
                 self._track(running, found, bound)
             return y
-        if kernel == "native":
-            made = native.fit(x, part, weight, bias, mask)
+        if kernel in select.OWN:
+            made = native.fit(x, part, weight, bias, mask, kernel)
             assert not isinstance(made, str)
             y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=not self.center, mask=mask)
             if running is not None:
@@ -384,7 +388,7 @@ class Norm(nn.Module):
                 return None
             y = torch.batch_norm(x, weight, bias, mean, buffers["running_var"], False, 0.0, way.eps, True)
         elif way.made is not None:
-            if extension.why_not(x) is not None:
+            if native.why_not(x, way.made.backend) is not None:
                 return None
             tracked = mean is not None and self.track_running_stats
             y, stats = fused.normalize(
@@ -418,8 +422,8 @@ class Norm(nn.Module):
         if self._uses_running(part, x):
             return general
         kernel = self._choose(x, bound, None)
-        if kernel == "native":
-            made = native.fit(x, part, self.weight, self.bias)
+        if kernel in select.OWN:
+            made = native.fit(x, part, self.weight, self.bias, None, kernel)
             return general if isinstance(made, str) else _Way(kernel, bound, eps, made=made)
         if not kernel.startswith("torch.") or kernel == "torch.rms_norm":
             return general
@@ -432,7 +436,7 @@ class Norm(nn.Module):
         return _Way(kernel, bound, eps, direct=direct, running=running if moves else None)
 
     def _track_natively(self, stats: Tensor, made: Nest, bound: _Bound) -> None:
-        """Move the running statistics towards those that a native kernel measured."""
+        """Move the running statistics towards those that a kernel of ours measured."""
         running, batches = self._running(), self.num_batches_tracked
         assert running is not None
         one_each = bound.running == bound.part.kept and made.in_order
@@ -444,8 +448,8 @@ class Norm(nn.Module):
 
     def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None, *context: Any) -> Tensor:
         (weight, bias), about_zero = self._applied(), not self.center
-        if kernel == "native":
-            made = native.fit(x, part, weight, bias, mask)
+        if kernel in select.OWN:
+            made = native.fit(x, part, weight, bias, mask, kernel)
             assert not isinstance(made, str)
             moments, measured = apart.measure(x, part, made, mask=mask, about_zero=about_zero)
             return apart.apply(x, part, measured, self.solve(moments, *context), weight, bias, about_zero=about_zero)
@@ -456,8 +460,10 @@ class Norm(nn.Module):
         """The moments of each set of `x`, differentiable, with 1 on the averaged axes."""
         bound, about_zero = self._bound(x), not self.center
         real = None if mask is None else expand_mask(mask, x)
-        if self.backend != "reference":
-            made = native.fit(x, bound.part, None, None, real)
+        backend = select.resolve(self.backend)
+        if backend != "reference":
+            own = "triton" if backend == "triton" or x.is_cuda else "native"
+            made = native.fit(x, bound.part, None, None, real, own)
             if not isinstance(made, str):
                 return apart.measure(x, bound.part, made, mask=real, about_zero=about_zero)[0]
         return reference.measure(x, bound.part, mask=real, about_zero=about_zero)
@@ -629,8 +635,8 @@ class Norm(nn.Module):
             return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
         mean, var = self._running_moments(bound, x.dtype)
         affine = Affine(torch.rsqrt(var + self._eps(x)), mean if self.center else None)
-        if kernel == "native":
-            made = native.fit(x, bound.part, self.weight, self.bias, mask)
+        if kernel in select.OWN:
+            made = native.fit(x, bound.part, self.weight, self.bias, mask, kernel)
             assert not isinstance(made, str)
             measured = apart.given(mean, var, bound.part, made, mask)
             return apart.apply(x, bound.part, measured, affine, self.weight, self.bias)

@@ -183,9 +183,9 @@ class _LayerNormRecurrence(nn.RNNBase):
     def kernel(self, input: Tensor | PackedSequence) -> str:
         """The name of the kernel that runs the steps for this input: ``"native"`` or ``"reference"``."""
         backend = select.resolve(self.backend)
-        if backend == "torch":
+        if backend in ("torch", "triton"):
             raise BackendError(
-                "backend='torch' cannot run here: torch has no kernel for recurrence with layer norm; write "
+                f"backend={backend!r} cannot run here: it has no kernel for recurrence with layer norm; write "
                 "backend='auto' or 'reference'"
             )
         reason = extension.why_not(input.data if isinstance(input, PackedSequence) else input)
