@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import test_native
 import torch
-import triton.language as tl
 from checks import close, eps_of
-from test_native import FOLLOW, Case, Found, Own, Setting, compare, draw, formula, masks, more_layouts, named, run, same
+from test_native import FOLLOW, Case, Own, Setting, compare, draw, formula, masks, more_layouts, named, run, same
 from torch import Tensor
 
 import renorm as rn
 from renorm.errors import BackendError
-from renorm.kernels import Affine, native, select
+from renorm.kernels import Affine, apart, graph, native, reference, select
 from renorm.kernels.triton import available, launch
 from renorm.pattern import partition
 
@@ -65,6 +64,7 @@ def _by_triton(monkeypatch):
 @pytest.fixture(autouse=True)
 def _rounding(monkeypatch):
     """The interpreter cuts off what bfloat16 has no room for; a GPU, as torch, rounds to the nearest."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
@@ -326,6 +326,8 @@ def test_empty_inputs_and_other_dtypes_are_refused_by_name_and_the_reference_ser
         with pytest.raises(BackendError, match=f"backend='triton' cannot run here: {reason}; write backend='auto'"):
             rn.LayerNorm(5, backend="triton", dtype=x.dtype)(x)
         assert rn.LayerNorm(5, dtype=x.dtype)(x).shape == x.shape
+    with pytest.raises(BackendError, match="the mask is on meta"):
+        rn.LayerNorm(5, backend="triton")(torch.zeros(2, 5), torch.ones(2, 5, dtype=torch.bool, device="meta"))
     with pytest.raises(BackendError, match=r"the parameters are torch\.float64 on cpu"):
         rn.LayerNorm(5, backend="triton", dtype=torch.float64)(torch.zeros(2, 5))
 
@@ -394,8 +396,6 @@ def test_in_a_compiled_graph(make):
 
 
 def test_the_operator_passes_torchs_own_checks():
-    from renorm.kernels import graph
-
     part = partition("n (g [c]) [...]", 4, {"g": 2, "c": 3}, ("g", "c"))
     x = draw((2, 6, 3, 5), seed=1).requires_grad_()
     weight, bias = (draw((6,), seed=seed).requires_grad_() for seed in (2, 3))
@@ -413,8 +413,6 @@ def test_reasons_against():
 def test_an_affine_of_ones_own_under_a_mask():
     part = partition("n c [...]", 4, {}, ("c",))
     x, mask = draw((3, 4, 5, 6), seed=1).requires_grad_(), draw((3, 4, 5, 6), seed=2) > -0.5
-    from renorm.kernels import apart, reference
-
     made = native.fit(x, part, None, None, mask, "triton")
     moments, measured = apart.measure(x, part, made, mask=mask)
     found = apart.apply(x, part, measured, Affine(moments.var.rsqrt(), moments.mean * 0.5, moments.mean), None, None)
@@ -423,7 +421,3 @@ def test_an_affine_of_ones_own_under_a_mask():
     dy = draw(x.shape, seed=3)
     close(found, wanted, 2e-6)
     close(torch.autograd.grad(found, x, dy)[0], torch.autograd.grad(wanted, x, dy)[0], 1e-5)
-
-
-def test_found_is_what_the_native_tests_hold():
-    assert Found._fields == ("y", "dx", "dw", "db", "mean", "var")

@@ -70,6 +70,8 @@ def fit(
             return f"the parameters are {parameter.dtype} on {parameter.device.type}"
         if bias is not None and bias.dtype != parameter.dtype:
             return "weight and bias differ in dtype"
+    if mask is not None and mask.device != x.device:
+        return f"the mask is on {mask.device.type}"
     return nest(part, x.shape, x.stride(), None if mask is None else mask.stride(), backend)
 
 
@@ -173,7 +175,9 @@ def forward(
     y = None if only_measure else output(x, made)
     kind = 0 if activation is None else ACTIVATIONS[activation][0]
     if made.backend == "triton":
-        available.calls.forward(
+        from renorm.kernels.triton import calls  # imports Triton
+
+        calls.forward(
             x,
             made,
             stats,
@@ -238,7 +242,9 @@ def backward(
     dx = output(x, made) if wants[0] else None
     kind = 0 if activation is None else ACTIVATIONS[activation][0]
     if made.backend == "triton":
-        dweight, dbias = available.calls.backward(
+        from renorm.kernels.triton import calls  # imports Triton
+
+        dweight, dbias = calls.backward(
             x,
             dy,
             made,

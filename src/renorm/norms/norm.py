@@ -246,7 +246,8 @@ class Norm(nn.Module):
         weight, bias = self._applied()
         together = self._plain and not self._recovers and not torch.compiler.is_compiling()
         together = together and not self._uses_running(bound.part, x)
-        together = together and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+        alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+        together = together and alike
         real = None if mask is None else expand_mask(mask, x)
         kernel = self._choose(x, bound, real) if together else ""
         if kernel in select.OWN:

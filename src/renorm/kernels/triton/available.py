@@ -6,28 +6,16 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from renorm.kernels import extension
 
-__all__ = ["DTYPES", "calls", "obstacle", "status", "traceable", "why_not"]
+__all__ = ["DTYPES", "obstacle", "status", "traceable", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)  # the least of an NVIDIA GPU that Triton compiles for
-
-calls: Any  # the module, from the first call that runs
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name != "calls":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["calls"] = importlib.import_module("renorm.kernels.triton.calls")
-    found: ModuleType = globals()["calls"]
-    return found
 
 
 def obstacle(kind: str, index: int) -> str | None:
