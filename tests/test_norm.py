@@ -279,7 +279,7 @@ def test_backend_by_environment(monkeypatch):
     assert layer.kernel(x) == "reference"
     assert rn.LayerNorm(6, backend="torch").kernel(x) == "torch.layer_norm"
     monkeypatch.setattr(select, "ENVIRONMENT", "fast")
-    with pytest.raises(BackendError, match="one of auto, reference, torch, native; got 'fast'"):
+    with pytest.raises(BackendError, match="one of auto, reference, torch, native, triton; got 'fast'"):
         rn.LayerNorm(6)
 
 
@@ -546,3 +546,18 @@ def test_recoveries():
         rn.Norm("... [c]", c=4, recover="mpl")
     with pytest.raises(PatternError, match="pass its size, c="):
         rn.Norm("... [c]", recover="linear")
+
+
+def test_batch_norm_on_channels_last_errs_no_more_than_torch_on_contiguous_input():
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 14, 14) + 1e4
+    exact = nn.BatchNorm2d(64).double()(x.double())
+    allowed = (nn.BatchNorm2d(64)(x) - exact).abs().max()
+    y = rn.BatchNorm2d(64)(x.contiguous(memory_format=torch.channels_last))
+    assert (y - exact).abs().max() <= allowed
+
+
+def test_an_own_backend_compiles_in_evaluation():
+    layer = rn.BatchNorm2d(8, backend="native").eval()
+    x = torch.randn(4, 8, 16, 16)
+    close(torch.compile(layer, fullgraph=True)(x), layer(x), 1e-5)

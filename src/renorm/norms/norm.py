@@ -463,7 +463,7 @@ class Norm(nn.Module):
         real = None if mask is None else expand_mask(mask, x)
         backend = select.resolve(self.backend)
         if backend != "reference":
-            own = "triton" if backend == "triton" or x.is_cuda else "native"
+            own = "triton" if backend == "triton" else "native"
             made = native.fit(x, bound.part, None, None, real, own)
             if not isinstance(made, str):
                 return apart.measure(x, bound.part, made, mask=real, about_zero=about_zero)[0]

@@ -74,6 +74,6 @@ def status() -> str:
         return "not available: there is no GPU that torch can use"
     reasons = [obstacle("cuda", index) for index in range(torch.cuda.device_count())]
     if all(reason is None for reason in reasons):
-        return "kernels for CUDA tensors"
+        return "kernels for CUDA tensors, with backend='triton' or RENORM_BACKEND=triton"
     named = [f"GPU {index}: {reason or 'kernels'}" for index, reason in enumerate(reasons)]
     return "; ".join(named)
