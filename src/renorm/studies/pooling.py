@@ -288,7 +288,7 @@ def draw_rows(rows: Rows) -> str:
         for model, title in _MODELS.items()
     }
     plots.append(Plot("error over that of 1-minute bars, log10 windows", bars, log_x=True))
-    return draw(plots, "Pooling helps where each series is short; coarse bars help where the data are few")
+    return draw(plots, "Errors by training days, pooled or not, and those of five-minute bars over one-minute ones")
 
 
 def reading(rows: Rows) -> str:
