@@ -183,4 +183,7 @@ def test_household_has_a_row_for_every_minute() -> None:
     found = read("household", Layout())
     assert [values.shape for values in found.values] == [(1, 259_200)] * 4
     assert int(np.isnan(found.values[0]).sum()) == 3771
+    house, *circuits = (values[0] for values in found.values)
+    known = ~np.isnan(house)
+    assert (house >= sum(circuits))[known].mean() > 0.9999  # all in watts, and the circuits are parts of the house
     assert found.season == 1440

@@ -398,11 +398,12 @@ def _parking() -> tuple[pd.DataFrame, Layout]:
 
 
 def _household() -> tuple[pd.DataFrame, Layout]:
-    """Four channels of one household's power at one minute, each a series."""
+    """One household's power by minutes, in watts: the whole house and three of its circuits, each a series."""
     power = _stored("household_180d.npz")["w"].astype(np.float64)
     power[power < 0] = np.nan
+    power[1:] *= 60  # stored as watt-hours in each minute
     time = pd.date_range("2007-01-01", periods=power.shape[1], freq="min")
-    names = ("kitchen", "laundry", "heater and air conditioning", "rest")
+    names = ("house", "kitchen", "laundry", "water heater and air conditioning")
     frame = pd.DataFrame({"time": np.tile(time, 4), "channel": np.repeat(names, len(time)), "power": power.ravel()})
     return frame, Layout("time", "channel", "power", ("power",), missing="drop")
 

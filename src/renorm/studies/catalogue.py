@@ -13,13 +13,18 @@ __all__ = ["NAMES", "get"]
 # In the order of the documentation. The name is that of the module, with hyphens.
 NAMES: tuple[str, ...] = (
     "small-batches",
+    "text-statistics",
     "smoothness",
+    "style",
     "robustness",
     "batch-renorm",
     "switch-weights",
+    "lstm-layer-norm",
+    "pooling",
+    "mse-and-correlation",
+    "model-selection",
     "optimizers",
     "divergences",
-    "model-selection",
 )
 
 

@@ -17,7 +17,7 @@ def page(results: Results, picture: str) -> str:
     replication = catalogue.get(results.name)
     claims = replication.judge(results.rows)
     plan = plan_of(replication, results.scale == "quick")
-    ran = f"{len(results.rows.rows)} measurements, {plan.seeds} seeds, {duration(results.seconds)} of one core"
+    ran = f"{len(results.rows.rows)} measurements, {plan.seeds} seeds, {duration(results.seconds)} in one thread"
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [
         f"# {replication.title}",

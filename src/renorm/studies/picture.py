@@ -22,6 +22,7 @@ class Plot:
     curves: Mapping[str, Sequence[tuple[float, float]]]  # by the name in the legend
     log_x: bool = False  # the axis shows log10 of x; say so in the title
     log_y: bool = False
+    joined: bool = True  # False: dots without lines between them
 
 
 def points(x: Sequence[float], found: Sequence[Interval]) -> list[tuple[float, float]]:
@@ -43,7 +44,7 @@ def _panel(plot: Plot, colours: Mapping[str, str]) -> Panel:
         with np.errstate(divide="ignore", invalid="ignore"):
             for column, log in enumerate((plot.log_x, plot.log_y)):
                 xy[:, column] = np.log10(xy[:, column]) if log else xy[:, column]
-        lines.append(Line(xy, colours[name], mark=True))
+        lines += [Line(part, colours[name], mark=True) for part in ([xy] if plot.joined else xy[:, None])]
     every = np.concatenate([line.points for line in lines])
     every = every[np.isfinite(every).all(1)]
     return Panel(plot.title, _range(every[:, 0], 0.02), _range(every[:, 1], 0.06), tuple(lines))

@@ -19,7 +19,7 @@ import renorm
 from renorm.comparison.atomic import writing
 from renorm.comparison.run import num_jobs
 from renorm.errors import StudyError
-from renorm.studies import catalogue, training
+from renorm.studies import catalogue
 from renorm.studies.replication import Plan, Replication
 from renorm.studies.rows import Condition, Row, Rows
 
@@ -132,8 +132,9 @@ def _measure(name: str, condition: Condition, seed: int, path: Path) -> tuple[Pa
 
 def _key(replication: Replication, condition: Condition, seed: int) -> str:
     """Of the condition, the seed, and the code that measures."""
-    files = (sys.modules[replication.measure.__module__].__file__ or "", training.__file__)
-    code = b"".join(Path(file).read_bytes() for file in files)
+    shared = (Path(__file__).with_name(f"{name}.py") for name in ("training", "corpus", "household"))
+    files = [Path(sys.modules[replication.measure.__module__].__file__ or ""), *shared]
+    code = b"".join(file.read_bytes() for file in files)
     what: list[Any] = [replication.name, sorted(condition.items()), seed, hashlib.sha256(code).hexdigest()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
