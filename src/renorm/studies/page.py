@@ -69,8 +69,8 @@ def contents(found: dict[str, Results]) -> str:
         rows.append((title, said, found[name].scale if name in found else ""))
     return (
         "# Studies\n\nPublished findings about normalization and the choices around it, run again in minutes: "
-        "`renorm study list` names them, `renorm study NAME --quick` runs one. What must hold was written down before "
-        "the run; what did not come out stays here.\n\n"
+        "`renorm study list` names them, `renorm study NAME --quick` runs one. Rates and sizes come from trial "
+        "runs, what must hold does not: it was made stricter at most, and what did not come out stays here.\n\n"
         f"{_markdown(Table('', ('study', 'result', 'form'), tuple(rows)))}\n"
     )
 
