@@ -27,6 +27,8 @@ def spec(norm: str = "batch", batch_size: int = 32, seed: int = 0, **changes: An
         base_lr=0.1,
         optimizer="sgd",
         activation="relu",
+        loss="cross_entropy",
+        dropout=0.0,
         epochs=8,
         seed=seed,
     )

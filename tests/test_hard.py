@@ -96,7 +96,7 @@ def test_criteria_by_hand() -> None:
     log = -F.cross_entropy(
         model(torch.tensor(splits.x_train)).double(), torch.tensor(splits.y_train), reduction="sum"
     ).item()
-    found = criteria_of(model, splits)
+    found = criteria_of(model, splits, "categorical")
     assert found["log_likelihood"] == pytest.approx(log)
     assert (found["k"], found["n"]) == (6, 48)
     assert found["aic"] == pytest.approx(12 - 2 * log)
@@ -109,13 +109,17 @@ def test_criteria_of_a_regression() -> None:
     model = linear(3, 1)
     errors = model(torch.tensor(splits.x_train)).view(-1).detach().numpy() - splits.y_train
     log = -15 * (math.log(2 * math.pi * np.mean(errors.astype(float) ** 2)) + 1)
-    assert criteria_of(model, splits)["log_likelihood"] == pytest.approx(log, rel=1e-5)
+    assert criteria_of(model, splits, "gaussian")["log_likelihood"] == pytest.approx(log, rel=1e-5)
 
 
 def test_no_criteria_of_outputs_that_are_not_finite() -> None:
     model = linear(2, 2)
     nn.init.constant_(model[1].weight, math.nan)  # type: ignore[index,arg-type]
-    assert criteria_of(model, small.splits()) == {}
+    assert criteria_of(model, small.splits(), "categorical") == {}
+
+
+def test_no_criteria_of_a_loss_that_is_no_likelihood() -> None:
+    assert criteria_of(linear(2, 2), small.splits(), None) == {}
 
 
 def test_kept_and_read_again() -> None:
@@ -205,8 +209,8 @@ def test_criteria_of_a_row() -> None:
 
     study = edited(study, edit)
     analysis = analyse(*study)
-    assert criteria_means(analysis.rows[0], study[1])["aic"] == 10.5
-    assert criteria_means(analysis.rows[0], []) == {}
+    assert criteria_means(analysis.rows[0])["aic"] == 10.5
+    assert criteria_means(replace(analysis.rows[0], trials=())) == {}
     unlimited = edited(study, lambda trial: replace(trial, criteria={**trial.criteria, "aicc": math.inf}))
     assert "<td>10.5</td><td>–</td><td>10.5</td>" in report.html(*unlimited)
 

@@ -271,7 +271,7 @@ def test_a_score_without_an_interval_has_a_point_and_no_bar() -> None:
 
 def test_the_curves_are_those_of_the_trials_and_their_mean() -> None:
     study, results = typical()
-    charts = {chart.title: chart.points["series"] for chart in curve_charts(analyse(study, results), results)}
+    charts = {chart.title: chart.points["series"] for chart in curve_charts(analyse(study, results))}
     series = {one["norm"]: one for one in charts["Batch size 32"]}
     assert "instance" not in series
     for norm, one in series.items():
@@ -290,7 +290,7 @@ def test_the_curves_are_those_of_the_trials_and_their_mean() -> None:
 
 def test_time_and_memory_are_medians_with_their_range() -> None:
     study, results = typical()
-    time_chart, memory_chart = cost_charts(analyse(study, results), results)
+    time_chart, memory_chart = cost_charts(analyse(study, results))
     layer = next(one for one in time_chart.points["series"] if one["norm"] == "layer")
     assert layer["y"] == pytest.approx([0.4 * (1 + 2 / 64) * 1.1, 0.6 * 1.1], rel=1e-5)
     assert layer["low"] == pytest.approx([0.4 * (1 + 2 / 64), 0.6], rel=1e-5)
@@ -307,14 +307,14 @@ def test_other_axes_get_a_chart_each() -> None:
     ]
     analysis = analyse(record(results), results)
     assert [chart.title for chart in score_charts(analysis)] == ["adam", "sgd"]
-    assert [chart.title for chart in curve_charts(analysis, results)] == [
+    assert [chart.title for chart in curve_charts(analysis)] == [
         "Batch size 2, adam", "Batch size 32, adam", "Batch size 2, sgd", "Batch size 32, sgd",
     ]  # fmt: skip
 
 
 def test_long_curves_are_thinned_in_the_table_only() -> None:
     results = [result(spec("batch", 32, seed), 0.1, epochs=50) for seed in range(3)]
-    (chart,) = curve_charts(analyse(record(results), results), results)
+    (chart,) = curve_charts(analyse(record(results), results))
     assert len(chart.points["series"][0]["steps"]) == 50
     assert len(chart.table.rows) == 20
     assert "20 of 50 points" in chart.table.caption
@@ -326,7 +326,7 @@ def test_every_chart_has_a_text_alternative_with_its_numbers() -> None:
     analysis = analyse(study, results)
     (score,) = score_charts(analysis)
     assert "batch norm 36.4 at batch size 2 and 1.67 at batch size 32" in score.alt
-    for chart in (*curve_charts(analysis, results), *cost_charts(analysis, results)):
+    for chart in (*curve_charts(analysis), *cost_charts(analysis)):
         assert len(chart.alt) > 40
         assert "nan" not in chart.alt
 
@@ -359,20 +359,20 @@ def test_norms_have_different_styles() -> None:
     ],
 )  # fmt: skip
 def test_each_norm_has_the_areas_of_its_model(norm: str, model: str, patterns: list[str]) -> None:
-    areas = areas_of([norm], model)
+    areas = areas_of([norm], [model])
     assert [area.pattern for area in areas] == patterns
     assert all(area.svg.startswith("<svg") for area in areas)
 
 
 def test_norms_of_one_area_share_a_picture() -> None:
-    areas = areas_of(["layer", "rms", "switch"], "cnn")
+    areas = areas_of(["layer", "rms", "switch"], ["cnn"])
     assert [(area.norms, area.mixed_by) for area in areas] == [
         (("layer", "rms"), ("switch",)), ((), ("switch",)), ((), ("switch",)),
     ]  # fmt: skip
 
 
 def test_a_pattern_of_too_many_axes_has_no_picture() -> None:
-    (area,) = areas_of(["[n] c a b d e f"], "cnn")
+    (area,) = areas_of(["[n] c a b d e f"], ["cnn"])
     assert area.svg == ""
     assert "[n] c a b d e f" in page(study_of({("[n] c a b d e f", 2): [0.1, 0.2]})).text
 

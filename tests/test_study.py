@@ -14,7 +14,7 @@ from renorm.errors import StudyError, UnknownNormError
 
 def test_the_default_study_is_the_one_the_command_line_promises() -> None:
     study = Study()
-    assert (study.name, study.data, study.model) == ("digits-mlp", "digits", "mlp")
+    assert (study.name, study.data, study.model) == ("digits-mlp", "digits", ("mlp",))
     assert study.norm == ("none", "batch", "layer", "group", "rms", "switch")
     assert (study.batch_size, study.seeds, study.lr) == ((2, 32), (0, 1, 2), (0.1,))
 
@@ -167,7 +167,7 @@ def test_the_rate_is_scaled_to_the_batch_size(scale: str, rates: list[float]) ->
 
 def test_the_grid_names_data_and_model() -> None:
     splits = small.splits()
-    (spec,) = grid(small.study(norm="rms", seeds=[5]), splits, model="python:abc", test=False)
+    (spec,) = grid(small.study(norm="rms", seeds=[5]), splits, models=["python:abc"], test=False)
     assert (spec.data, spec.model, spec.seed, spec.test) == (splits.fingerprint, "python:abc", 5, False)
 
 

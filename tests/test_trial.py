@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from sklearn import metrics
 from torch import Tensor, nn
 
+from renorm.choices import objectives
 from renorm.comparison import memory as memory_module
 from renorm.comparison import trial as trial_module
 from renorm.comparison.data import Splits, from_parts, load, split
@@ -58,6 +59,8 @@ def spec_of(splits: Splits, **changes: object) -> TrialSpec:
         base_lr=0.05,
         optimizer="sgd",
         activation="relu",
+        loss=objectives.find(splits.task, "auto"),
+        dropout=0.0,
         epochs=3,
         seed=0,
     )

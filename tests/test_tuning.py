@@ -58,7 +58,8 @@ def test_each_norm_has_its_own_choice() -> None:
 
 def test_the_text_says_what_was_tried_and_warns_at_the_edge() -> None:
     (choice,) = choose(results({0.01: [(0.25, 1)], 0.1: [(0.125, 1)], 1.0: ["diverged"]}))
-    assert choice.text() == "batch, batch size 8, sgd, relu: lr 0.1 of 0.01 (0.25), 0.1 (0.125), 1 (diverged)"
+    assert choice.text() == "batch, batch size 8: lr 0.1 of 0.01 (0.25), 0.1 (0.125), 1 (diverged)"
+    assert choice.text(["optimizer", "dropout"]).startswith("batch, batch size 8, sgd, dropout 0: lr 0.1 of")
     (choice,) = choose(results({0.1: [(0.25, 1)], 1.0: [(0.125, 1)]}))
     assert choice.text().endswith("; it is at the edge of the range, a better one may lie outside")
     (choice,) = choose(results({0.1: ["refused"], 1.0: ["refused"]}))

@@ -67,10 +67,10 @@ def compare(
         str | None, typer.Option(help="classification, regression, forecast, or auto to see it from the target.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="mlp, cnn, resnet, lstm, tcn, transformer; or module:function or file.py:function that builds yours, "
-            "whose norms are then replaced.  [default: mlp]"
+        list[str] | None,
+        _axis(
+            "mlp, cnn, resnet, lstm, tcn, transformer; or module:function or file.py:function that builds yours, whose "
+            "norms are then replaced  [default: mlp]"
         ),
     ] = None,
     norm: Annotated[
@@ -93,6 +93,10 @@ def compare(
     ] = None,
     optimizer: Annotated[list[str] | None, _axis("sgd, momentum, adam, adamw, ...  [default: sgd]")] = None,
     activation: Annotated[list[str] | None, _axis("relu, gelu, tanh, ...  [default: relu]")] = None,
+    loss: Annotated[
+        list[str] | None, _axis("cross_entropy, label_smoothing, focal, ...; mse, mae, huber  [default: the first]")
+    ] = None,
+    dropout: Annotated[list[str] | None, _axis("Shares that are set to 0 in training  [default: 0]")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or the seeds: 7,8,9.  [default: 3]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training part.  [default: 15]")] = None,
     valid: Annotated[float | None, typer.Option(help="Share of the samples for validation.  [default: 0.2]")] = None,
@@ -131,7 +135,8 @@ def compare(
     given = {
         "data": data, "target": target, "task": task, "model": model, "norm": norm, "batch_size": batch_size,
         "lr": lr, "lr_scale": lr_scale, "tune_lr": tune_lr, "optimizer": optimizer, "activation": activation,
-        "seeds": seeds, "epochs": epochs, "valid": valid, "test": test, "split_seed": split_seed,
+        "loss": loss, "dropout": dropout, "seeds": seeds, "epochs": epochs, "valid": valid, "test": test,
+        "split_seed": split_seed,
         "time": time, "series": series, "columns": columns, "static": static, "window": window, "horizon": horizon,
         "season": season, "stride": stride, "gaps": gaps, "missing": missing, "aggregate": aggregate,
         "pooling": pooling, "bar": bar, "name": name,

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from renorm.comparison.cells import (
     SIGNIFICANCE,
     Cell,
-    Contrast,
     Row,
-    Setting,
     cells_of,
     corrected,
     ending,
     paired,
 )
 from renorm.comparison.score import Estimate, Score
-from renorm.comparison.spec import StudyRecord, TrialResult
+from renorm.comparison.spec import Setting, StudyRecord, TrialResult, varying_fields
 from renorm.comparison.verdict import notes, sentence
 
-__all__ = ["Analysis", "Cell", "Change", "Contrast", "Row", "Setting", "analyse"]
+__all__ = ["Analysis", "Change", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Analysis:
     """What a comparison's trials show, and how sure it is."""
 
     score: Score
-    cells: tuple[Cell, ...]  # ordered by optimizer, activation, rate, batch size
+    cells: tuple[Cell, ...]  # in the order of their settings
     changes: tuple[Change, ...]  # each norm from the largest to the smallest batch size
     unfinished: tuple[TrialResult, ...]  # trials without a score, in the grid's order
     num_missing: int  # trials of the grid that have no result yet
@@ -67,9 +66,10 @@ class Analysis:
         """The batch sizes compared, ascending."""
         return tuple(sorted({cell.setting.batch_size for cell in self.cells}))
 
-    def varies(self, field: str) -> bool:
-        """Whether the settings differ in a field of :class:`Setting`."""
-        return len({getattr(cell.setting, field) for cell in self.cells}) > 1
+    @cached_property
+    def varying(self) -> tuple[str, ...]:
+        """The fields in which the settings differ."""
+        return varying_fields(cell.setting for cell in self.cells)
 
 
 def analyse(record: StudyRecord, results: Sequence[TrialResult]) -> Analysis:
@@ -116,11 +116,9 @@ def _trials(record: StudyRecord, results: Sequence[TrialResult]) -> list[TrialRe
 
 def _changes(score: Score, cells: Sequence[Cell]) -> tuple[Change, ...]:
     """Each norm at its smallest batch size minus at its largest, everything else equal."""
-    lines: dict[tuple[object, ...], list[Row]] = {}
+    lines: dict[tuple[str, Setting], list[Row]] = {}
     for row in (row for cell in cells for row in cell.rows if row.score.num):
-        setting = row.setting
-        line = (setting.optimizer, setting.activation, setting.base_lr, setting.pooling, setting.bar, row.norm)
-        lines.setdefault(line, []).append(row)
+        lines.setdefault((row.norm, replace(row.setting, batch_size=0)), []).append(row)
     ends = [(rows[0], rows[-1]) for rows in lines.values() if len(rows) > 1]
     differences = [paired(score, small, large) for small, large in ends]
     return tuple(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,17 +20,18 @@ from torch import nn
 from renorm.comparison import data, forecast, panel, tuning
 from renorm.comparison.comparison import Comparison
 from renorm.comparison.data import Splits
-from renorm.comparison.given import Given, GivenModel
+from renorm.comparison.given import Builder, Given, GivenModel
 from renorm.comparison.panel import Panel
 from renorm.comparison.progress import progress as show_progress
 from renorm.comparison.reference import Reference
 from renorm.comparison.run import check_backend, missing, num_jobs, run
 from renorm.comparison.series import Layout
 from renorm.comparison.series import read as read_series
-from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec
+from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec, varying_fields
 from renorm.comparison.store import Store
 from renorm.comparison.study import FORECAST_ONLY, Study, grid
-from renorm.comparison.trial import Build, build_model
+from renorm.comparison.trial import Build
+from renorm.comparison.verdict import model_title
 from renorm.errors import DataError, RenormError, StudyError
 
 __all__ = ["FOLDER", "compare", "run_study"]
@@ -42,7 +43,7 @@ Numbers = float | Sequence[float]
 
 
 def compare(
-    model: str | GivenModel,
+    model: str | GivenModel | Sequence[str],
     train: Any,
     valid: Any = None,
     test: Any = None,
@@ -54,6 +55,8 @@ def compare(
     tune_lr: bool = False,
     optimizer: Names | None = None,
     activation: Names = ("relu",),
+    loss: Names = ("auto",),
+    dropout: Numbers = (0.0,),
     seeds: int | Sequence[int] = 3,
     epochs: int | None = None,
     target: str | None = None,
@@ -85,8 +88,8 @@ def compare(
     again.
 
     Args:
-        model: a module, a function without arguments that builds one, a built-in name ("mlp", "cnn",
-            "resnet", "lstm", "tcn", "transformer"), or "module:function". The norms of a module are replaced by
+        model: a module, a function without arguments that builds one, or one or several names: built-in ones ("mlp",
+            "cnn", "resnet", "lstm", "tcn", "transformer") or "module:function". The norms of a module are replaced by
             :func:`renorm.swap`; its other weights are where every trial starts from. A builder gives new
             weights for each seed.
         train: the training part: (x, y) as arrays or tensors, or a torch Dataset; or all data as a source for
@@ -106,6 +109,9 @@ def compare(
         tune_lr: choose the rate for each norm and batch size by the validation part.
         optimizer: optimizers by name: "sgd", "momentum", "adam", "adamw", ...; if left out sgd, in a forecast adam.
         activation: activations by name; for built-in models only.
+        loss: losses by name: in a classification "cross_entropy", "label_smoothing", "focal",
+            "binary_cross_entropy", "multi_margin", "mse"; else "mse", "mae", "huber"; "auto" is the first one.
+        dropout: shares of the activations that are set to 0 in training; for built-in models only.
         seeds: how many seeds, or the seeds themselves.
         epochs: passes over the training part; if left out 15, in a forecast 8.
         target: the column to predict, where ``train`` names a table.
@@ -138,11 +144,13 @@ def compare(
         Interrupted: at Ctrl-C (a KeyboardInterrupt); what has arrived is kept.
         OSError: the folder cannot be written; what has arrived is kept.
     """
-    given = None if isinstance(model, str) else Given(model, replace)
+    named = isinstance(model, (str, list, tuple))
+    given = None if named else Given(cast(GivenModel, model), replace)
     settings: dict[str, Any] = {
         "data": train if isinstance(train, str) else "python",
         "model": f"python:{given.name}" if given else model,
-        "batch_size": batch_size, "lr_scale": lr_scale, "tune_lr": tune_lr, "activation": activation, "seeds": seeds,
+        "batch_size": batch_size, "lr_scale": lr_scale, "tune_lr": tune_lr, "activation": activation, "loss": loss,
+        "dropout": dropout, "seeds": seeds,
         "target": target, "task": task, "name": name or "", "time": time, "series": series, "columns": columns,
         "static": static, "window": window, "horizon": horizon, "season": season, "stride": stride, "gaps": gaps,
         "missing": missing, "aggregate": aggregate or {}, "pooling": pooling, "bar": bar,
@@ -178,13 +186,14 @@ def run_study(
     prepared = _load(study) if splits is None else splits
     study = study.for_task(prepared.task)
     command = study.command() if splits is None and given is None else _call(study)
-    if given is None and ":" in study.model:
-        given = Given(Reference(study.model))
-    if given and study.activation != ("relu",):
-        raise StudyError("activation is for built-in models: a model of your own brings its own; leave it out")
-    identity = given.identify() if given else study.model
+    own = {name: given or Given(Reference(name)) for name in study.model if given or ":" in name}
+    for key in ("activation", "dropout") if own else ():
+        if getattr(study, key) != Study.model_fields[key].default:
+            raise StudyError(f"{key} is for built-in models: a model of your own brings its own; leave it out")
+    models = {name: own[name].identify() if name in own else name for name in study.model}
+    build = Builder({models[name]: model for name, model in own.items()})
     console = Console(stderr=True, quiet=not progress)
-    work = _Work(study, prepared, given, identity, command, jobs, backend, console)
+    work = _Work(study, prepared, build, tuple(models.values()), command, jobs, backend, console)
     first = work.grid(test=not study.tune_lr)
     record = work.record(first)
     with Store(Path(out) / study.name).open() as store:
@@ -210,7 +219,8 @@ def _tuned(
         if any(choice.covers(spec) and choice.base_lr == spec.base_lr for choice in choices)
         or (spec.norm in forecast.BASELINES and spec.base_lr == work.study.lr[0])
     )
-    settings = {**record.settings, "tuning": [choice.text() for choice in choices]}
+    varying = varying_fields(choice.setting for choice in choices)
+    settings = {**record.settings, "tuning": [choice.text(varying) for choice in choices]}
     record = changed(record, settings=settings, keys=tuple(spec.key for spec in chosen))
     store.write_record(record)
     return record, work.run("training", chosen, store)
@@ -222,19 +232,15 @@ class _Work:
 
     study: Study
     splits: Splits | Panel
-    given: Given | None  # the model, where it is a Python object
-    identity: str  # what the specs call the model
+    build: Builder
+    models: tuple[str, ...]  # what the specs call them
     command: str  # what to type to run it again
     jobs: int | None  # trials at the same time; None for one a core
     backend: str  # joblib's
     console: Console  # where progress is shown
 
-    @property
-    def build(self) -> Build:
-        return self.given or build_model
-
     def grid(self, *, test: bool) -> tuple[TrialSpec, ...]:
-        return grid(self.study, self.splits, model=self.identity, test=test)
+        return grid(self.study, self.splits, models=self.models, test=test)
 
     def run(self, label: str, specs: Sequence[TrialSpec], store: Store) -> tuple[TrialResult, ...]:
         todo = missing(specs, store)
@@ -251,13 +257,13 @@ class _Work:
 
     def record(self, specs: Sequence[TrialSpec]) -> StudyRecord:
         described = self.splits.describe()
-        notes = [*described.get("notes", ()), *(self.given.notes(self.study.norm) if self.given else ())]
+        notes = [*described.get("notes", ()), *self.build.notes(self.study.norm)]
         return StudyRecord(
             name=self.study.name,
             task=self.splits.task,
             settings=self.study.settings(),
             data={**described, "notes": notes},
-            model=_in_words(self.build, specs, self.splits),
+            model=_in_words(self.build, self.models, specs, self.splits),
             versions=_versions(),
             command=self.command,
             keys=tuple(spec.key for spec in specs),
@@ -307,7 +313,13 @@ def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | Pan
     return data.from_parts(train, valid, test, task=study.task)
 
 
-def _in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
+def _in_words(build: Build, models: Sequence[str], specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
+    """Each model, several with their names."""
+    words = {name: _model_in_words(build, [spec for spec in specs if spec.model == name], splits) for name in models}
+    return "\n\n".join(f"{model_title(name)}\n{text}" if len(words) > 1 else text for name, text in words.items())
+
+
+def _model_in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
     """The first model that can be built, one line a layer.
 
     A norm that the model cannot take will be a row that says so; an error is raised if none can be built.
@@ -345,10 +357,11 @@ def _versions() -> dict[str, str]:
 
 def _call(study: Study) -> str:
     """What to write in Python; the objects themselves cannot be written down."""
-    shown = ("norm", "batch_size", "lr", "tune_lr", "optimizer", "seeds", "epochs", "name")
-    settings = ", ".join(f"{key}={getattr(study, key)!r}" for key in shown)
+    plain = type(study).model_fields
+    always = ("norm", "batch_size", "lr", "tune_lr", "optimizer", "seeds", "epochs", "name")
+    changed = (key for key in ("activation", "loss", "dropout") if getattr(study, key) != plain[key].default)
+    settings = ", ".join(f"{key}={getattr(study, key)!r}" for key in (*always, *changed))
     if study.task == "forecast":
-        plain = type(study).model_fields
         more = ("target", *FORECAST_ONLY)
         told = [key for key in more if getattr(study, key) != plain[key].default]
         values = {key: getattr(study, key) for key in told}

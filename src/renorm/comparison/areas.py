@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,24 +30,24 @@ class Area:
     svg: str  # empty for a pattern of more axes than a picture has
 
 
-def areas_of(norms: Sequence[str], model: str) -> tuple[Area, ...]:
-    """A picture for each pattern that the norms have in a built-in model; other models are taken to be for images.
+def areas_of(norms: Sequence[str], models: Sequence[str]) -> tuple[Area, ...]:
+    """A picture for each pattern that the norms have in built-in models; other models are taken to be for images.
 
-    >>> [(area.pattern, area.norms, area.mixed_by) for area in areas_of(["none", "batch", "switch"], "mlp")]
+    >>> [(area.pattern, area.norms, area.mixed_by) for area in areas_of(["none", "batch", "switch"], ["mlp"])]
     [('[n] c', ('batch',), ('switch',)), ('n [c]', (), ('switch',))]
     """
-    users: dict[str, tuple[list[str], list[str]]] = {}
-    for norm in norms:
+    users: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    drawn: dict[str, str] = {}
+    for norm, model in itertools.product(norms, models):
         if norm in BASELINES:
             continue
-        if parted(norm)[0]:
-            users.setdefault(_REVIN, ([], []))[0].append(norm)
-        patterns = _patterns(norm, model)
-        for pattern in patterns:
-            users.setdefault(pattern, ([], []))[len(patterns) > 1].append(norm)
-    return tuple(
-        Area(pattern, tuple(alone), tuple(mixed), _picture(pattern, model)) for pattern, (alone, mixed) in users.items()
-    )
+        inside = _patterns(norm, model)
+        around = (_REVIN,) if parted(norm)[0] else ()
+        for pattern in (*around, *inside):
+            mixes = len(inside) > 1 and pattern not in around
+            users.setdefault(pattern, ({}, {}))[mixes][norm] = None
+            drawn[pattern] = drawn.get(pattern) or _picture(pattern, model)
+    return tuple(Area(pattern, tuple(alone), tuple(mixed), drawn[pattern]) for pattern, (alone, mixed) in users.items())
 
 
 def _patterns(norm: str, model: str) -> tuple[str, ...]:

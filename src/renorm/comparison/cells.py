@@ -6,13 +6,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from renorm.comparison.score import Estimate, Score, estimate
-from renorm.comparison.spec import TrialResult, TrialSpec
+from renorm.comparison.spec import Setting, TrialResult
 
-__all__ = ["Cell", "Contrast", "Row", "Setting", "cells_of", "ending", "paired"]
+__all__ = ["Cell", "Contrast", "Row", "cells_of", "ending", "paired"]
 
 SIGNIFICANCE = 0.05
 LEAST_PAIRS = 3
@@ -22,28 +22,16 @@ LEAST_PAIRS = 3
 Place = Literal["best", "open", "worse", "survivor", "untested", "unfinished"]
 
 
-@dataclass(frozen=True, order=True)
-class Setting:
-    """Everything of a trial but its norm and seed; norms are compared within one setting."""
-
-    optimizer: str  # "sgd", "adam", ...
-    activation: str  # "relu", ...
-    base_lr: float | None  # the rate the study names; None where each norm has its own, tuned one
-    batch_size: int  # samples a step
-    pooling: str = ""  # of a forecast, as in TrialSpec
-    bar: int = 0  # of a forecast
-
-
 @dataclass(frozen=True)
 class Row:
     """One norm in one setting, over its seeds."""
 
     norm: str  # as the study writes it: "group(32)"
     setting: Setting
+    trials: tuple[TrialResult, ...]  # by seed
     base_lr: float  # the rate the study names, or the one tuning chose for this norm
     score: Estimate  # over the seeds that finished
     by_seed: dict[int, float]  # seed -> score, of the seeds that finished
-    num_trials: int  # how many seeds have a result of any kind
     counts: dict[str, int]  # status -> how many seeds
     reasons: tuple[str, ...]  # why the others did not finish, each reason once
     seconds_per_step: float  # median over the seeds that finished
@@ -51,6 +39,18 @@ class Row:
     num_parameters: int  # of the model with this norm; 0 where none was built
     place: Place  # against the best of its setting
     others: dict[str, Estimate] = field(default_factory=dict)  # other scores of the same part over the same seeds
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other rows, by name: norm, setting, learning rate."""
+        left_out = {"base_lr"} if self.setting.bar else {"base_lr", "pooling", "bar"}
+        setting = {name: value for name, value in asdict(self.setting).items() if name not in left_out}
+        return {"norm": self.norm, **setting, "lr": self.base_lr}
+
+    @property
+    def num_trials(self) -> int:
+        """How many seeds have a result of any kind."""
+        return len(self.trials)
 
     @property
     def status(self) -> str:
@@ -76,7 +76,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Cell:
-    """All norms in one setting."""
+    """All norms in one setting: norms are compared within one."""
 
     setting: Setting
     rows: tuple[Row, ...]  # the best first; those without a score last
@@ -89,18 +89,18 @@ class Cell:
 
 
 def cells_of(score: Score, trials: Sequence[TrialResult], *, tuned: bool = False) -> tuple[Cell, ...]:
-    """The trials by setting, ordered by optimizer, activation, rate and batch size.
+    """The trials by setting, in order.
 
     `tuned`: each norm has a learning rate of its own, so the rate is no part of the setting.
     """
     groups: dict[Setting, dict[tuple[str, float], list[TrialResult]]] = {}
     for trial in trials:
-        setting = _setting(trial.spec, tuned)
+        setting = Setting.of(trial.spec, tuned=tuned)
         rows = groups.setdefault(setting, {})
         rows.setdefault((trial.spec.norm, trial.spec.base_lr), []).append(trial)
     return tuple(
         _cell(score, setting, [_row(score, setting, group) for group in groups[setting].values()])
-        for setting in sorted(groups, key=_order)
+        for setting in sorted(groups)
     )
 
 
@@ -140,27 +140,18 @@ def corrected(differences: Sequence[Estimate]) -> list[float]:
     return out
 
 
-def _setting(spec: TrialSpec, tuned: bool) -> Setting:
-    rate = None if tuned else spec.base_lr
-    return Setting(spec.optimizer, spec.activation, rate, spec.batch_size, spec.pooling, spec.bar)
-
-
-def _order(setting: Setting) -> tuple[str, str, float, str, int, int]:
-    rate = setting.base_lr or 0.0
-    return setting.optimizer, setting.activation, rate, setting.pooling, setting.bar, setting.batch_size
-
-
-def _row(score: Score, setting: Setting, trials: Sequence[TrialResult]) -> Row:
+def _row(score: Score, setting: Setting, group: Sequence[TrialResult]) -> Row:
+    trials = sorted(group, key=lambda trial: trial.spec.seed)
     endings = [ending(score, trial) for trial in trials]
     done = [trial for trial, (status, _) in zip(trials, endings, strict=True) if status == "ok"]
     by_seed = {trial.spec.seed: score.read(trial) for trial in done}
     return Row(
         norm=trials[0].spec.norm,
         setting=setting,
+        trials=tuple(trials),
         base_lr=trials[0].spec.base_lr,
         score=estimate(list(by_seed.values()), least_spread=score.step / math.sqrt(12)),
         by_seed=by_seed,
-        num_trials=len(trials),
         counts=dict(Counter(status for status, _ in endings)),
         reasons=tuple(dict.fromkeys(reason for _, reason in endings if reason)),
         seconds_per_step=_median(trial.seconds_per_step for trial in done),

@@ -12,7 +12,7 @@ from renorm.comparison.analysis import Analysis
 from renorm.comparison.cells import Cell, Row, ending
 from renorm.comparison.score import rounded
 from renorm.comparison.spec import TrialResult
-from renorm.comparison.verdict import joined, norm_title, setting_title, varying_fields
+from renorm.comparison.verdict import joined, norm_title, setting_title
 
 __all__ = ["Chart", "Table", "cost_charts", "curve_charts", "norms_shown", "score_charts"]
 
@@ -61,13 +61,12 @@ def score_charts(analysis: Analysis) -> list[Chart]:
     return _by_batch_size(analysis, "score", title, point, may_be_log=True)
 
 
-def cost_charts(analysis: Analysis, results: Sequence[TrialResult]) -> list[Chart]:
+def cost_charts(analysis: Analysis) -> list[Chart]:
     """The time of a step and the peak memory against the batch size; the bars go from the lowest to the highest."""
-    spans = _spans(analysis, results)
 
     def cost(name: str, factor: float, unit: str) -> Callable[[Row], tuple[float, float, float, str]]:
         def point(row: Row) -> tuple[float, float, float, str]:
-            values = [getattr(trial, name) * factor for trial in spans.get(_place(row), ())]
+            values = [getattr(trial, name) * factor for trial in row.trials]
             finite = [value for value in values if math.isfinite(value)]
             if not finite:
                 return math.nan, math.nan, math.nan, "–"
@@ -82,12 +81,10 @@ def cost_charts(analysis: Analysis, results: Sequence[TrialResult]) -> list[Char
     return [chart for pair in zip(time, memory, strict=True) for chart in pair]
 
 
-def curve_charts(analysis: Analysis, results: Sequence[TrialResult]) -> list[Chart]:
+def curve_charts(analysis: Analysis) -> list[Chart]:
     """Training and validation loss against the step, one chart for each setting."""
-    spans = _spans(analysis, results)
-    varying = varying_fields(analysis.cells)
     return [
-        _curves(analysis, cell, index, setting_title(cell, varying).capitalize(), spans)
+        _curves(analysis, cell, index, setting_title(cell.setting, analysis.varying).capitalize())
         for index, cell in enumerate(analysis.cells)
     ]
 
@@ -100,10 +97,9 @@ def _by_batch_size(
     may_be_log: bool = False,
 ) -> list[Chart]:
     """One chart for each of the other settings: `point` gives a row's value, its bar's ends, and both as text."""
-    varying = [field for field in varying_fields(analysis.cells) if field != "batch_size"]
     groups: dict[str, list[Cell]] = {}
     for cell in analysis.cells:
-        groups.setdefault(setting_title(cell, varying, batch_size=False), []).append(cell)
+        groups.setdefault(setting_title(cell.setting, analysis.varying, batch_size=False), []).append(cell)
     charts = []
     for index, (title, cells) in enumerate(groups.items()):
         series = [_series(norm, cells, point) for norm in analysis.norms]
@@ -160,31 +156,9 @@ def _table_by_batch_size(axis: str, series: Sequence[dict[str, Any]], sizes: Seq
     return Table(axis, ("Norm", *(f"Batch size {size}" for size in sizes)), tuple(rows))
 
 
-Place = tuple[object, ...]
-
-
-def _place(row: Row) -> Place:
-    setting = row.setting
-    frame = (setting.pooling, setting.bar)
-    return row.norm, row.base_lr, setting.batch_size, setting.optimizer, setting.activation, *frame
-
-
-def _spans(analysis: Analysis, results: Sequence[TrialResult]) -> dict[Place, list[TrialResult]]:
-    """The results of each row, in the order of their seeds."""
-    places = {_place(row) for row in analysis.rows}
-    found: dict[Place, list[TrialResult]] = {}
-    for trial in sorted(results, key=lambda trial: trial.spec.seed):
-        spec = trial.spec
-        frame = (spec.pooling, spec.bar)
-        place = (spec.norm, spec.base_lr, spec.batch_size, spec.optimizer, spec.activation, *frame)
-        if place in places:
-            found.setdefault(place, []).append(trial)
-    return found
-
-
-def _curves(analysis: Analysis, cell: Cell, index: int, title: str, spans: dict[Place, list[TrialResult]]) -> Chart:
+def _curves(analysis: Analysis, cell: Cell, index: int, title: str) -> Chart:
     rows = sorted(cell.rows, key=lambda row: analysis.norms.index(row.norm))
-    series = [one for row in rows if (one := _curve_series(analysis, row, spans.get(_place(row), [])))["steps"]]
+    series = [one for row in rows if (one := _curve_series(analysis, row))["steps"]]
     return Chart(
         name=f"curves-{index}",
         title=title,
@@ -194,8 +168,9 @@ def _curves(analysis: Analysis, cell: Cell, index: int, title: str, spans: dict[
     )
 
 
-def _curve_series(analysis: Analysis, row: Row, trials: Sequence[TrialResult]) -> dict[str, Any]:
+def _curve_series(analysis: Analysis, row: Row) -> dict[str, Any]:
     """Each seed's curve, and at each step the mean over the seeds that finished."""
+    trials = row.trials
     done = [trial for trial in trials if ending(analysis.score, trial)[0] == "ok"]
     steps = sorted({point.step for trial in trials for point in trial.curve})
     return {

@@ -10,7 +10,7 @@ from renorm.comparison.data import Splits
 from renorm.comparison.spec import CaseRecord
 from renorm.diagnose.worst import Case, worst_cases
 from renorm.errors import MeasureError, RuleError
-from renorm.measures.criteria import information_criteria
+from renorm.measures.criteria import Noise, information_criteria
 
 __all__ = ["criteria_of", "worst_of"]
 
@@ -46,15 +46,16 @@ def worst_of(model: nn.Module, splits: Splits) -> tuple[CaseRecord, ...]:
         return ()
 
 
-def criteria_of(model: nn.Module, splits: Splits) -> dict[str, float]:
-    """AIC, AICc and BIC on the training part, of categorical or (in standardized units) Gaussian noise.
+def criteria_of(model: nn.Module, splits: Splits, noise: Noise | None) -> dict[str, float]:
+    """AIC, AICc and BIC on the training part, of the noise whose likelihood was maximized, in standardized units.
 
-    Empty where an output is not finite.
+    Empty where the loss was no likelihood, or an output is not finite.
     """
-    noise = "categorical" if splits.classes else "gaussian"
+    if noise is None:
+        return {}
     x, y = torch.tensor(splits.x_train), torch.tensor(splits.y_train)
     try:
-        found = information_criteria(model, x, y, noise=noise)  # type: ignore[arg-type]
+        found = information_criteria(model, x, y, noise=noise)
     except MeasureError:
         return {}
     return {

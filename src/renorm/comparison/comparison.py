@@ -89,7 +89,7 @@ class Comparison:
             [
                 _columns(row) | {name: means.get(name, math.nan) for name in NAMES}
                 for row in self.analysis.rows
-                for means in [criteria_means(row, self.results)]
+                for means in [criteria_means(row)]
             ]
         )
         frame.attrs["score"] = f"{self.analysis.score.title} ({self.analysis.score.key})"
@@ -103,7 +103,7 @@ class Comparison:
         """
         import pandas as pd
 
-        return pd.DataFrame(series_columns(self.analysis, self.results))
+        return pd.DataFrame(series_columns(self.analysis))
 
     def best(self, batch_size: int | None = None) -> Best:
         """The best norm at ``batch_size``, or over all settings; with those it is not shown to differ from.
@@ -149,11 +149,7 @@ def _best(cell: Cell) -> Best:
 
 def _columns(row: Row) -> dict[str, Any]:
     return {
-        "norm": row.norm,
-        "batch_size": row.setting.batch_size,
-        "optimizer": row.setting.optimizer,
-        "activation": row.setting.activation,
-        "lr": row.base_lr,
+        **row.identity,
         "mean": row.score.mean,
         "low": row.score.low,
         "high": row.score.high,
@@ -164,6 +160,5 @@ def _columns(row: Row) -> dict[str, Any]:
         "seconds_per_step": row.seconds_per_step,
         "peak_memory_mb": row.peak_memory_mb,
         "num_parameters": row.num_parameters,
-        **({"pooling": row.setting.pooling, "bar": row.setting.bar} if row.setting.bar else {}),
         **{key: value.mean for key, value in row.others.items()},
     }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from renorm.comparison.cells import Row
-from renorm.comparison.spec import TrialResult
 
 __all__ = ["CAVEAT", "NAMES", "criteria_means"]
 
@@ -16,19 +15,12 @@ CAVEAT = (
     "models of few parameters at the maximum of their likelihood, with far more samples n than parameters. A deep "
     "network is none: k and n are not what they were, training stops before the maximum, and where k is near n or "
     "above, the penalty exceeds any gain (AICc is not defined there). Between networks of nearly the same k they "
-    "order by training loss. Go by the scores on held-out data."
+    "order by training loss. They stand only where the loss is a likelihood: cross-entropy, or the squared error of "
+    "numbers. Go by the scores on held-out data."
 )
 
 
-def criteria_means(row: Row, results: Iterable[TrialResult]) -> Mapping[str, float]:
+def criteria_means(row: Row) -> Mapping[str, float]:
     """The mean of each criterion over the seeds of `row` that have it; empty where none has."""
-    setting = row.setting
-    place = (row.norm, row.base_lr, setting.batch_size, setting.optimizer, setting.activation)
-    found = [
-        trial.criteria
-        for trial in results
-        if trial.criteria
-        and (trial.spec.norm, trial.spec.base_lr, trial.spec.batch_size, trial.spec.optimizer, trial.spec.activation)
-        == place
-    ]
+    found = [trial.criteria for trial in row.trials if trial.criteria]
     return {name: statistics.fmean(one[name] for one in found) for name in ("k", "n", *NAMES)} if found else {}

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from renorm.choices.objectives import OBJECTIVES
 from renorm.comparison.panel import Panel, Part, Windows
 from renorm.comparison.spec import EpochRecord, TrialResult, TrialSpec
 from renorm.comparison.trial import Build, build_model, forecast_scores, run_trial, series_scores
@@ -56,8 +58,9 @@ def _baseline(spec: TrialSpec, panel: Panel, windows: Windows) -> TrialResult:
     for part in parts:
         of = windows.of[part]
         forecast = (panel.repeated(part, season) - windows.means[of, None]) / windows.stds[of, None]
-        loss = float(np.mean((forecast - getattr(windows, f"y_{part}")) ** 2))
-        found[part] = forecast_scores(windows, part, forecast) | {"loss": loss}
+        target = torch.from_numpy(getattr(windows, f"y_{part}"))
+        loss = OBJECTIVES["forecast"][spec.loss].value(torch.from_numpy(forecast), target)
+        found[part] = forecast_scores(windows, part, forecast) | {"loss": loss.item()}
         series = series_scores(windows, part, forecast)
     return TrialResult(spec, "ok", valid=found["valid"], test=found.get("test", {}), series=series)
 

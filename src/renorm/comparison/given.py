@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,14 @@ from renorm.comparison.fingerprint import fingerprint
 from renorm.comparison.panel import Windows
 from renorm.comparison.reference import Reference
 from renorm.comparison.spec import TrialSpec
+from renorm.comparison.trial import build_model
 from renorm.errors import StudyError, SwapError
 from renorm.surgery.swap import SwapReport, swap
 
 if TYPE_CHECKING:
     from renorm.comparison.data import Splits
 
-__all__ = ["Given", "GivenModel"]
+__all__ = ["Builder", "Given", "GivenModel"]
 
 GivenModel = nn.Module | Callable[[], nn.Module]
 
@@ -87,6 +88,26 @@ class Given:
             return self._swap(norm)[1]
         except SwapError:
             return None  # its trials say why
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds the model that a spec names: a built-in one, or one of the user's own."""
+
+    given: Mapping[str, Given]  # by what specs call it
+
+    def __call__(self, spec: TrialSpec, splits: Splits | Windows) -> nn.Module:
+        """A new model."""
+        given = self.given.get(spec.model)
+        return build_model(spec, splits) if given is None else given(spec, splits)
+
+    def notes(self, norms: Sequence[str]) -> tuple[str, ...]:
+        """What a reader should know of the user's models; of several with their names."""
+        return tuple(
+            f"{given.name}: {note}" if len(self.given) > 1 else note
+            for given in self.given.values()
+            for note in given.notes(norms)
+        )
 
 
 def _replaced(reports: dict[str, SwapReport]) -> tuple[str, ...]:

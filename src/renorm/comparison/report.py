@@ -52,8 +52,8 @@ def html(record: StudyRecord, results: Sequence[TrialResult], splits: Splits | N
         analysis=analysis,
         norms=tuple(norms_shown(analysis)),
         scores=tuple(score_charts(analysis)),
-        curves=tuple(curve_charts(analysis, results)),
-        costs=tuple(cost_charts(analysis, results)),
+        curves=tuple(curve_charts(analysis)),
+        costs=tuple(cost_charts(analysis)),
         splits=splits,
     )
     style, script, plotly = _part("report.css"), _part("report.js"), _plotly()

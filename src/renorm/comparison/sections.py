@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from renorm.comparison.analysis import Analysis, Change, Contrast
+from renorm.comparison.analysis import Analysis
 from renorm.comparison.areas import Area, areas_of
-from renorm.comparison.by_series import frame_table, series_tables
+from renorm.comparison.by_series import series_tables
 from renorm.comparison.cells import Cell, Row, ending
 from renorm.comparison.charts import Chart, Table
 from renorm.comparison.criteria import CAVEAT, criteria_means
+from renorm.comparison.differences import between_batch_sizes, between_choices, between_norms
 from renorm.comparison.elements import facts, figure, scrolling, swatch, table
 from renorm.comparison.forecast import BASELINES
 from renorm.comparison.hard import cases_table, hard_cases
 from renorm.comparison.paths import STEPS, path_pictures
 from renorm.comparison.score import OTHER_TITLES, Estimate, rounded
-from renorm.comparison.spec import StudyRecord, TrialResult
-from renorm.comparison.verdict import norm_title, setting_title, varying_fields
+from renorm.comparison.spec import Setting, StudyRecord, TrialResult
+from renorm.comparison.verdict import model_title, norm_title, setting_title
 
 if TYPE_CHECKING:
     from renorm.comparison.data import Splits
@@ -104,9 +105,9 @@ def _answer(page: Page) -> str:
 
 def _answer_table(page: Page) -> str:
     score = page.analysis.score
-    varying = varying_fields(page.analysis.cells)
+    varying = page.analysis.varying
     head = f"{score.title[:1].upper()}{score.title[1:]} <small>({escape(score.unit)})</small>"
-    groups = "".join(_answer_group(page, cell, setting_title(cell, varying)) for cell in page.analysis.cells)
+    groups = "".join(_answer_group(page, cell, setting_title(cell.setting, varying)) for cell in page.analysis.cells)
     return scrolling(
         "Scores of every norm and setting",
         '<table class="answer"><caption>Mean over seeds with its 95% t-interval; lower is better. '
@@ -228,7 +229,7 @@ def _charts(charts: Iterable[Chart], wide: bool = False) -> str:
 
 
 def _areas(page: Page) -> str:
-    figures = "".join(_area(page, area) for area in areas_of(page.analysis.norms, _model_name(page)))
+    figures = "".join(_area(page, area) for area in areas_of(page.analysis.norms, _models(page)))
     if not figures:
         return ""
     return (
@@ -245,10 +246,11 @@ def _area(page: Page, area: Area) -> str:
     return f"<figure>{area.svg}<figcaption><code>{escape(area.pattern)}</code><ul>{lines}</ul></figcaption></figure>"
 
 
-def _model_name(page: Page) -> str:
-    name = str(page.record.settings.get("model", ""))
-    known = page.record.task != "forecast" or name in ("mlp", "lstm", "transformer")
-    return name if known else "tcn"  # whose activations have the same axes as those of any other forecaster
+def _models(page: Page) -> list[str]:
+    names = [cell.setting.model for cell in page.analysis.cells]
+    if page.record.task == "forecast":  # the activations of any other forecaster have the axes of a TCN's
+        names = [name if name in ("mlp", "lstm", "transformer") else "tcn" for name in names]
+    return list(dict.fromkeys(names))
 
 
 def _paths(page: Page) -> str:
@@ -268,89 +270,28 @@ def _paths(page: Page) -> str:
 
 def _differences(page: Page) -> str:
     analysis = page.analysis
-    comparisons = [(cell, item) for cell in analysis.cells for item in cell.comparisons]
-    if not comparisons and not analysis.changes:
+    choices = between_choices(analysis)
+    tables = [
+        ("norms", between_norms(analysis)),
+        ("batch sizes", between_batch_sizes(analysis)),
+        *([choices] if choices else []),
+    ]
+    shown = "".join(f"<h3>Between {title}</h3>{table(found)}" for title, found in tables if found)
+    if not shown:
         return ""
     return (
         "<p>Differences are taken between trials of the same seed, which start from the same weights and see the "
         "samples in the same order. p is that of the paired t-test (of log-odds, for error rates), corrected by "
         "Holm’s method; a difference counts as shown when at least three pairs give a corrected p below 0.05. The "
-        "norm with the lowest mean is picked by the same trials that test it, which makes p a little too small: among "
-        "six equal norms with three seeds, some difference is claimed in about 7 of 100 studies instead of 5.</p>"
-        + _best_against_others(page, comparisons)
-        + _across_batch_sizes(page)
-        + _across_frames(page)
+        "lowest mean is picked by the same trials that test it, which makes p a little too small: among six equal "
+        "norms with three seeds, some difference is claimed in about 7 of 100 studies instead of 5.</p>" + shown
     )
-
-
-def _across_frames(page: Page) -> str:
-    found = frame_table(page.analysis)
-    return f"<h3>Between poolings and bars</h3>{table(found)}" if found else ""
 
 
 def _series(page: Page) -> str:
-    tables = [table(found) for found in series_tables(page.analysis, page.results)]
+    tables = [table(found) for found in series_tables(page.analysis)]
     others = "".join(tables[1:])
     return "".join(tables[:1]) + (f"<details><summary>The other settings</summary>{others}</details>" if others else "")
-
-
-def _best_against_others(page: Page, comparisons: Sequence[tuple[Cell, Contrast]]) -> str:
-    if not comparisons:
-        return ""
-    varying = varying_fields(page.analysis.cells)
-    content = Table(
-        caption=f"The lowest mean against each other norm ({_difference_unit(page)})",
-        head=("Setting", "Lowest mean", "Other norm", "Other − lowest (95% interval)", "Pairs", "Corrected p", "Shown"),
-        rows=tuple(
-            (
-                setting_title(cell, varying).capitalize(),
-                norm_title(item.best),
-                norm_title(item.other),
-                page.analysis.score.difference(item.difference),
-                str(item.difference.num),
-                _p(item.p_corrected),
-                "yes" if item.shown else "no",
-            )
-            for cell, item in comparisons
-        ),
-    )
-    return f"<h3>Between norms</h3>{table(content)}"
-
-
-def _across_batch_sizes(page: Page) -> str:
-    changes = page.analysis.changes
-    if not changes:
-        return ""
-    fields = [name for name in varying_fields(page.analysis.cells) if name != "batch_size"]
-    content = Table(
-        caption=f"Each norm from the largest to the smallest batch size ({_difference_unit(page)})",
-        head=("Norm", "Batch sizes", "Small − large (95% interval)", "Pairs", "Corrected p", "Verdict"),
-        rows=tuple(_change_row(page, change, fields) for change in changes),
-    )
-    return f"<h3>Between batch sizes</h3>{table(content)}"
-
-
-def _change_row(page: Page, change: Change, fields: Sequence[str]) -> tuple[str, ...]:
-    cell = Cell(change.setting, (), ())
-    setting = setting_title(cell, fields, batch_size=False)
-    return (
-        norm_title(change.norm) + (f", {setting}" if setting else ""),
-        f"{change.large} to {change.small}",
-        page.analysis.score.difference(change.difference),
-        str(change.difference.num),
-        _p(change.p_corrected),
-        change.verdict,
-    )
-
-
-def _difference_unit(page: Page) -> str:
-    return "percentage points" if page.analysis.score.is_rate else page.analysis.score.unit
-
-
-def _p(p: float) -> str:
-    if math.isnan(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # Single samples, and the fit
@@ -372,13 +313,7 @@ def _cases(page: Page) -> str:
 
 
 def _criteria(page: Page) -> str:
-    varying = varying_fields(page.analysis.cells)
-    found = [
-        (cell, row, means)
-        for cell in page.analysis.cells
-        for row in cell.rows
-        if (means := criteria_means(row, page.results))
-    ]
+    found = [(row, means) for row in page.analysis.rows if (means := criteria_means(row))]
     if not found:
         return ""
     content = Table(
@@ -387,13 +322,13 @@ def _criteria(page: Page) -> str:
         rows=tuple(
             (
                 norm_title(row.norm),
-                setting_title(cell, varying).capitalize(),
+                setting_title(row.setting, page.analysis.varying).capitalize(),
                 f"{means['k']:,.0f}",
                 f"{means['n']:,.0f}",
                 _thousands(-2 * means["log_likelihood"]),
                 *(_thousands(means[name]) for name in ("aic", "aicc", "bic")),
             )
-            for cell, row, means in found
+            for row, means in found
         ),
     )
     return f"<p>{CAVEAT}</p><details><summary>The numbers</summary>{table(content)}</details>"
@@ -415,15 +350,14 @@ def _unfinished(page: Page) -> str:
     for trial in analysis.unfinished:
         seeds.setdefault(_unfinished_row(analysis, trial), []).append(str(trial.spec.seed))
     rows = tuple((*row[:-2], ", ".join(found), *row[-2:]) for row, found in seeds.items())
-    head = ("Norm", "Batch size", "Optimizer", "Activation", "Learning rate", "Seeds", "Status", "Reason")
+    head = ("Norm", "Setting", "Learning rate of the step", "Seeds", "Status", "Reason")
     return missing + table(Table("Trials without a score", head, rows))
 
 
 def _unfinished_row(analysis: Analysis, trial: TrialResult) -> tuple[str, ...]:
     spec = trial.spec
-    frame = f", {spec.pooling}, bar {spec.bar}" if spec.bar else ""
-    settings = (norm_title(spec.norm) + frame, str(spec.batch_size), spec.optimizer, spec.activation, f"{spec.lr:g}")
-    return *settings, *ending(analysis.score, trial)
+    setting = setting_title(Setting.of(spec), analysis.varying).capitalize()
+    return norm_title(spec.norm), setting, f"{spec.lr:g}", *ending(analysis.score, trial)
 
 
 def _study(page: Page) -> str:
@@ -444,8 +378,14 @@ def _data(data: dict[str, Any]) -> str:
 
 
 def _parameters(page: Page) -> str:
-    counts = {row.norm: row.num_parameters for row in page.analysis.rows if row.num_parameters}
-    rows = tuple((norm_title(norm), f"{num:,}") for norm, num in counts.items())
+    counts = {
+        (row.setting.model, row.norm): row.num_parameters for row in page.analysis.rows if row.num_parameters
+    }  # fmt: skip
+    several = "model" in page.analysis.varying
+    rows = tuple(
+        (norm_title(norm) + (f", {model_title(model)}" if several else ""), f"{num:,}")
+        for (model, norm), num in counts.items()
+    )
     return table(Table("Parameters of the model with each norm", ("Norm", "Parameters"), rows)) if rows else ""
 
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-__all__ = ["PRIMARY", "CaseRecord", "EpochRecord", "StudyRecord", "TrialResult", "TrialSpec"]
+__all__ = [
+    "PRIMARY",
+    "CaseRecord",
+    "EpochRecord",
+    "Setting",
+    "StudyRecord",
+    "TrialResult",
+    "TrialSpec",
+    "varying_fields",
+]
 
 # The score that trials are ranked by, by task.
 PRIMARY = {"classification": "error", "regression": "rmse", "forecast": "mase"}
@@ -28,6 +38,8 @@ class TrialSpec:
     base_lr: float  # the learning rate the study names, before that scaling
     optimizer: str  # "sgd", "momentum", "adam", "adamw"
     activation: str  # "relu", "gelu", ...
+    loss: str  # what training minimizes, see choices.objectives
+    dropout: float  # share of entries that are set to 0 in training
     epochs: int  # passes over the training part
     seed: int  # decides the initial weights and the order of the samples
     test: bool = True  # read the test part at the end; False while a learning rate is being tuned
@@ -37,9 +49,35 @@ class TrialSpec:
     @property
     def key(self) -> str:
         """16 hex digits that name this spec: the file name of its result."""
-        values = {name: value for name, value in asdict(self).items() if self.bar or name not in ("pooling", "bar")}
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """All choices of a trial but its norm, in the order in which a report goes through them."""
+
+    model: str
+    optimizer: str
+    activation: str
+    loss: str
+    dropout: float
+    base_lr: float | None  # None where each norm has its own, tuned one
+    pooling: str
+    bar: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, spec: TrialSpec, *, tuned: bool = False) -> Setting:
+        """The setting of a trial; `tuned`: the learning rate is no part of it."""
+        values = {choice.name: getattr(spec, choice.name) for choice in fields(cls)}
+        return cls(**(values | {"base_lr": None} if tuned else values))
+
+
+def varying_fields(settings: Iterable[Setting]) -> tuple[str, ...]:
+    """The names of the choices in which settings differ."""
+    found = set(settings)
+    return tuple(choice.name for choice in fields(Setting) if len({getattr(one, choice.name) for one in found}) > 1)
 
 
 @dataclass(frozen=True)

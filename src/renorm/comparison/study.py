@@ -7,7 +7,7 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from renorm.choices import objectives
 from renorm.choices.registry import look_up
 from renorm.comparison.spec import TrialSpec
 from renorm.errors import RenormError, StudyError
@@ -50,7 +51,7 @@ REGRESSION_RATE = 0.01
 REFERENCE_BATCH = 32  # the batch size at which linear scaling leaves a learning rate as it is
 
 
-def _axis(value: object) -> object:
+def _axis(value: object) -> list[object]:
     """One value, "a,b" or a list of these -> a list; a value named twice is kept once."""
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     parts = [part for item in items for part in (_parts(item) if isinstance(item, str) else [item])]
@@ -99,10 +100,16 @@ def _activations(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_known(name, activations.NAMES, "activation") for name in names)
 
 
-def _model(name: str) -> str:
+def _losses(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = dict.fromkeys([objectives.AUTO, *(name for of in objectives.OBJECTIVES.values() for name in of)])
+    return tuple(_known(name, tuple(known), "loss") for name in names)
+
+
+def _models(names: tuple[str, ...]) -> tuple[str, ...]:
     from renorm.choices import models
 
-    return name if ":" in name else _known(name, models.NAMES, "model (or module:function for your own)")
+    known, kind = models.NAMES, "model (or module:function for your own)"
+    return tuple(name if ":" in name else _known(name, known, kind) for name in names)
 
 
 def _columns(value: object) -> object:
@@ -130,7 +137,9 @@ Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_axis)]
 Norms = Annotated[Names, AfterValidator(_norms)]
 Optimizers = Annotated[Names, AfterValidator(_optimizers)]
 Activations = Annotated[Names, AfterValidator(_activations)]
-Model = Annotated[str, AfterValidator(_model)]
+Losses = Annotated[Names, AfterValidator(_losses)]
+Models = Annotated[Names, AfterValidator(_models)]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1), BeforeValidator(_axis)]
 # A tag for each of the two, so that what is neither gets the complaint about whole numbers only.
 BatchSize = Annotated[
     Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["all"], Tag("all")],
@@ -169,16 +178,18 @@ class Study(BaseModel):
     data: str = "digits"  # what data.load reads: a built-in name, a file, a folder, "module:function"
     target: str | None = None  # the column to predict, where the data is a table
     task: Literal["auto", "classification", "regression", "forecast"] = "auto"
-    model: Model = "mlp"  # a built-in name or "module:function"
+    model: Models = ("mlp",)  # built-in names or "module:function"
     norm: Norms = ("none", "batch", "layer", "group", "rms", "switch")
     batch_size: BatchSizes = (2, 32)  # "all": the whole training part, one step an epoch
     lr: Rates = (0.1,)  # at batch size 32 if scaled; with tune_lr, the rates that are tried
     lr_scale: Literal["linear", "none"] = "linear"  # linear: lr * batch_size / 32
     optimizer: Optimizers = ("sgd",)
     activation: Activations = ("relu",)
+    loss: Losses = (objectives.AUTO,)  # cross-entropy, or the mean squared error
+    dropout: Shares = (0.0,)
     seeds: Seeds = (0, 1, 2)  # a number n means the seeds 0 to n - 1
     epochs: Annotated[int, Field(ge=1)] = 15
-    tune_lr: bool = False  # choose lr for each norm, batch size, optimizer, activation on the validation part
+    tune_lr: bool = False  # choose lr for each norm in each setting on the validation part
     valid: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the samples, unless the data brings this part
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2  # likewise; 0 for no test part
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -216,8 +227,8 @@ class Study(BaseModel):
         if filled.get("task") == "forecast":
             filled = {**FORECAST, **({"lr": RATES} if filled.get("tune_lr") else {}), **filled}
         if not filled.get("name"):
-            data, model = (filled.get(key, cls.model_fields[key].default) for key in ("data", "model"))
-            filled["name"] = f"{_slug(str(data))}-{_slug(str(model))}"
+            data, models = (filled.get(key, cls.model_fields[key].default) for key in ("data", "model"))
+            filled["name"] = "-".join(map(_slug, map(str, (data, *_axis(models)))))[:80].rstrip("-._")
         if filled.get("tune_lr") and "lr" not in filled:
             filled["lr"] = RATES
         return filled
@@ -241,7 +252,7 @@ class Study(BaseModel):
     def _check_forecast(self) -> None:
         if "all" in self.batch_size:
             raise StudyError("batch_size all is not for forecasts, whose series differ in length; write a number")
-        if self.model == "resnet":
+        if "resnet" in self.model:
             raise StudyError(
                 "a forecast is made by mlp, cnn, lstm, tcn, transformer or a model of your own; got resnet"
             )
@@ -307,14 +318,17 @@ def num_steps(spec: TrialSpec, num_train: int) -> int:
     return spec.epochs * (num_train // spec.batch_size)
 
 
-def grid(study: Study, splits: Splits | Panel, *, model: str | None = None, test: bool = True) -> tuple[TrialSpec, ...]:
+def grid(
+    study: Study, splits: Splits | Panel, *, models: Sequence[str] | None = None, test: bool = True
+) -> tuple[TrialSpec, ...]:
     """One spec for each combination of the study's axes, seeds innermost; of a forecast the baselines, too.
 
-    ``model`` is what the specs call a model of the user's own (:meth:`renorm.comparison.given.Given.identify`).
-    ``test=False`` gives the trials of the tuning phase, which leave the test part alone.
+    ``models`` is what the specs call the study's models, where some are the user's own
+    (:meth:`renorm.comparison.given.Given.identify`). ``test=False`` gives the trials of the tuning phase, which leave
+    the test part alone.
 
     Raises:
-        StudyError: a batch size is larger than the training part.
+        StudyError: a batch size is larger than the training part, or a loss is one of another task.
     """
     from renorm.comparison.forecast import baselines
     from renorm.comparison.panel import Panel
@@ -330,24 +344,29 @@ def grid(study: Study, splits: Splits | Panel, *, model: str | None = None, test
             f"a batch must fit into the training part of {num_train} samples; got batch_size {too_large[0]}; "
             f"write a batch size of at most {num_train}{'' if isinstance(splits, Panel) else ', or all'}"
         )
-    axes = itertools.product(frames, norms, sizes, study.optimizer, study.activation, study.lr)
+    losses = dict.fromkeys(objectives.find(splits.task, name) for name in study.loss)
+    models = study.model if models is None else models
+    choices = itertools.product(models, study.optimizer, study.activation, losses, study.dropout, study.lr)
+    axes = itertools.product(frames, norms, sizes, choices)
     return tuple(
         TrialSpec(
             data=splits.fingerprint,
-            model=study.model if model is None else model,
+            model=model,
             norm=norm,
             batch_size=batch_size,
             lr=rate * _scale(study, batch_size),
             base_lr=rate,
             optimizer=optimizer,
             activation=activation,
+            loss=loss,
+            dropout=dropout,
             epochs=study.epochs,
             seed=seed,
             test=test and splits.num("test") > 0,
             pooling=pooling,
             bar=bar,
         )
-        for (pooling, bar), norm, batch_size, optimizer, activation, rate in axes
+        for (pooling, bar), norm, batch_size, (model, optimizer, activation, loss, dropout, rate) in axes
         for seed in study.seeds
     )
 
@@ -391,6 +410,8 @@ _HINTS: Mapping[str, str] = {
     "lr": "numbers above 0, for example 0.01,0.1",
     "optimizer": "for example sgd,adam",
     "activation": "for example relu,gelu",
+    "loss": "for example cross_entropy,label_smoothing",
+    "dropout": "shares from 0 on and below 1, for example 0,0.2",
     "seeds": "a number of seeds, for example 3, or the seeds themselves, for example 7,8,9",
     "epochs": "a whole number from 1",
     "valid": "a share between 0 and 1, for example 0.2",

@@ -11,7 +11,7 @@ from rich.text import Text
 from renorm.comparison.analysis import Analysis
 from renorm.comparison.cells import Cell, Row
 from renorm.comparison.score import OTHER_TITLES, rounded
-from renorm.comparison.verdict import norm_title, setting_title, varying_fields
+from renorm.comparison.verdict import norm_title, setting_title
 
 __all__ = ["table"]
 
@@ -58,8 +58,8 @@ def table(analysis: Analysis) -> Table:
 
 
 def _add(shown: Table, analysis: Analysis, cell: Cell) -> None:
-    varying = varying_fields(analysis.cells)
-    title = setting_title(cell, varying, batch_size="pooling" not in varying or "batch_size" in varying)
+    varying = analysis.varying
+    title = setting_title(cell.setting, varying, batch_size="pooling" not in varying or "batch_size" in varying)
     shown.add_row(Text(title.capitalize(), style="bold"))
     for row in cell.rows:
         shown.add_row(*_entries(analysis, row), style="bold" if row.place == "best" else None)
@@ -82,11 +82,10 @@ def _entries(analysis: Analysis, row: Row) -> list[Text]:
 
 def _reasons(analysis: Analysis) -> Text | None:
     """Why trials did not finish, each reason once with the norm and settings it is of."""
-    varying = varying_fields(analysis.cells)
     places: dict[tuple[str, str], list[str]] = {}
     for cell in analysis.cells:
         for row in cell.rows:
             for reason in row.reasons:
-                places.setdefault((row.norm, reason), []).append(setting_title(cell, varying))
+                places.setdefault((row.norm, reason), []).append(setting_title(cell.setting, analysis.varying))
     lines = [f"{norm_title(norm)}, {' and '.join(where)}: {reason}" for (norm, reason), where in places.items()]
     return Text("\n".join(lines), style="dim") if lines else None

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.choices import models, optimizers
+from renorm.choices.objectives import OBJECTIVES, Objective
 from renorm.choices.reversible import Reversible, parted
 from renorm.comparison.closer import criteria_of, worst_of
 from renorm.comparison.data import Splits
@@ -53,11 +53,12 @@ def build_model(spec: TrialSpec, splits: Data) -> nn.Module:
     Raises:
         StudyError: no built-in model is called that, or it cannot take the data.
     """
-    if isinstance(splits, Windows):
-        reversible, norm = parted(spec.norm)
-        model = models.forecaster(spec.model, splits.input_shape, splits.horizon, norm=norm, activation=spec.activation)
-        return Reversible(model, splits.input_shape[0] - splits.num_static) if reversible else model
-    return models.build(spec.model, splits.input_shape, splits.num_outputs, norm=spec.norm, activation=spec.activation)
+    reversible, norm = parted(spec.norm)
+    choices: dict[str, Any] = {"norm": norm, "activation": spec.activation, "dropout": spec.dropout}
+    if not isinstance(splits, Windows):
+        return models.build(spec.model, splits.input_shape, splits.num_outputs, **choices)
+    model = models.forecaster(spec.model, splits.input_shape, splits.horizon, **choices)
+    return Reversible(model, splits.input_shape[0] - splits.num_static) if reversible else model
 
 
 def run_trial(spec: TrialSpec, splits: Data, build: Build = build_model) -> TrialResult:
@@ -65,8 +66,8 @@ def run_trial(spec: TrialSpec, splits: Data, build: Build = build_model) -> Tria
 
     The model and everything random in it (weights, dropout) come from torch's, NumPy's and Python's
     generators, seeded with `spec.seed`; the order of the samples is :func:`sample_order`. An epoch is as
-    many full batches as the training part has; the incomplete one at its end is dropped. The loss is the
-    cross-entropy, or the mean squared error of the standardized target; the learning rate is constant. The
+    many full batches as the training part has; the incomplete one at its end is dropped. The loss is
+    `spec.loss`, of the standardized target in a regression; the learning rate is constant. The
     test part is read after training, and only if `spec.test`.
 
     A result that is not "ok" says why in `reason`: "refused" if a norm would compute a statistic from a single value,
@@ -140,6 +141,10 @@ class _Run:
     curve: list[EpochRecord] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
+    @property
+    def _objective(self) -> Objective:
+        return OBJECTIVES[self.splits.task][self.spec.loss]
+
     def check_batch_size(self) -> None:
         """Stop if the training part has no full batch."""
         num_train, size = len(self.splits.y_train), self.spec.batch_size
@@ -198,7 +203,8 @@ class _Run:
     def look_closer(self, model: nn.Module) -> None:
         """Keep worst cases and information criteria of the trained model, but for a rate that is being tuned."""
         if isinstance(self.splits, Splits) and (self.spec.test or not len(self.splits.y_test)):
-            criteria, worst = criteria_of(model.eval(), self.splits), worst_of(model, self.splits)
+            criteria = criteria_of(model.eval(), self.splits, self._objective.noise)
+            worst = worst_of(model, self.splits)
             self.result = replace(self.result, criteria=criteria, worst=worst)
 
     def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
@@ -231,11 +237,11 @@ class _Run:
     def _loss(self, output: Tensor, y: Tensor) -> Tensor:
         if self.splits.classes:
             self._check_output(output, (len(y), len(self.splits.classes)))
-            return F.cross_entropy(output, y)
-        if output.shape != y.shape:
+        elif output.shape != y.shape:
             # (N, 1) against (N,) would broadcast to (N, N) without an error
             self._check_output(output, (len(y), 1, *y.shape[1:]))
-        return F.mse_loss(output.reshape(y.shape), y)
+            output = output.reshape(y.shape)
+        return self._objective.value(output, y)
 
     def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(output.shape) != expected:

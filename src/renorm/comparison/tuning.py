@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from renorm.comparison.spec import PRIMARY, TrialResult, TrialSpec
+from renorm.comparison.spec import PRIMARY, Setting, TrialResult, TrialSpec
+from renorm.comparison.verdict import setting_title
 
 __all__ = ["Choice", "choose"]
 
@@ -23,14 +24,10 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """The learning rate chosen for one norm at one batch size, optimizer and activation."""
+    """The learning rate chosen for one norm in one setting."""
 
     norm: str
-    batch_size: int
-    optimizer: str
-    activation: str
-    pooling: str  # of a forecast, as in TrialSpec
-    bar: int
+    setting: Setting  # without a rate
     tried: tuple[Tried, ...]  # ascending by rate
 
     @property
@@ -44,20 +41,14 @@ class Choice:
         return self.base_lr in (self.tried[0].base_lr, self.tried[-1].base_lr)
 
     def covers(self, spec: TrialSpec) -> bool:
-        """Whether `spec` is a trial of this choice's norm, batch size, optimizer and activation."""
-        return _group(spec) == (
-            self.norm, self.batch_size, self.optimizer, self.activation, self.pooling, self.bar
-        )  # fmt: skip
+        """Whether `spec` is a trial of this choice's norm and setting."""
+        return _group(spec) == (self.norm, self.setting)
 
-    def text(self) -> str:
-        """One line that says what was tried and chosen."""
+    def text(self, varying: Sequence[str] = ()) -> str:
+        """One line that says what was tried and chosen; the setting by its fields that vary, and its batch size."""
         rates = ", ".join(f"{rate.base_lr:g} ({_shown(rate)})" for rate in self.tried)
         edge = "; it is at the edge of the range, a better one may lie outside" if self._doubtful else ""
-        return (
-            f"{self.norm}, batch size {self.batch_size}, {self.optimizer}, {self.activation}"
-            f"{f', {self.pooling}, bar {self.bar}' if self.bar else ''}: "
-            f"lr {self.base_lr:g} of {rates}{edge}"
-        )
+        return f"{self.norm}, {setting_title(self.setting, varying)}: lr {self.base_lr:g} of {rates}{edge}"
 
     @property
     def _doubtful(self) -> bool:
@@ -65,7 +56,7 @@ class Choice:
 
 
 def choose(results: Sequence[TrialResult]) -> tuple[Choice, ...]:
-    """The best learning rate of each norm, batch size, optimizer and activation.
+    """The best learning rate of each norm in each setting.
 
     The best has the best mean score over seeds on the validation part.
 
@@ -77,8 +68,8 @@ def choose(results: Sequence[TrialResult]) -> tuple[Choice, ...]:
     )
 
 
-def _group(spec: TrialSpec) -> tuple[str, int, str, str, str, int]:
-    return spec.norm, spec.batch_size, spec.optimizer, spec.activation, spec.pooling, spec.bar
+def _group(spec: TrialSpec) -> tuple[str, Setting]:
+    return spec.norm, Setting.of(spec, tuned=True)
 
 
 def _tried(results: Sequence[TrialResult]) -> tuple[Tried, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from renorm.choices.reversible import parted
 from renorm.comparison.cells import LEAST_PAIRS, Cell, Row
 from renorm.comparison.score import Score
-from renorm.comparison.spec import StudyRecord
+from renorm.comparison.spec import Setting, StudyRecord, varying_fields
 
-__all__ = ["joined", "norm_title", "notes", "sentence", "setting_title"]
+__all__ = ["joined", "model_title", "norm_title", "notes", "sentence", "setting_title"]
 
 _TUNED = "Each norm has its own learning rate, chosen on the validation part."
 _SHARED = "All norms share one learning rate, which favours whoever it suits; tune_lr gives each its own."
@@ -23,6 +24,16 @@ _TITLES = {
     "none": "no norm", "rms": "RMS norm", "switch": "switchable norm", "revin": "RevIN",
     "naive": "the last value", "seasonal naive": "the last season",
 }  # fmt: skip
+_FIELDS: Mapping[str, Callable[[Any], str]] = {
+    "model": lambda model: model_title(model),
+    "pooling": str,
+    "bar": "bars of {}".format,
+    "optimizer": str,
+    "activation": str,
+    "loss": lambda loss: f"{loss.replace('_', ' ')} loss",
+    "dropout": "dropout {:g}".format,
+    "base_lr": "learning rate {:g}".format,
+}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -51,22 +62,16 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def setting_title(cell: Cell, varying: Sequence[str], *, batch_size: bool = True) -> str:
+def setting_title(setting: Setting, varying: Sequence[str], *, batch_size: bool = True) -> str:
     """A setting by what varies in the study: "batch size 32, adam, learning rate 0.1"."""
-    setting = cell.setting
     words = [f"batch size {setting.batch_size}"] if batch_size else []
-    words += [setting.pooling] if "pooling" in varying else []
-    words += [f"bars of {setting.bar}"] if "bar" in varying else []
-    words += [getattr(setting, name) for name in ("optimizer", "activation") if name in varying]
-    if "base_lr" in varying and setting.base_lr is not None:
-        words.append(f"learning rate {setting.base_lr:g}")
+    words += [_FIELDS[name](getattr(setting, name)) for name in _FIELDS if name in varying]
     return ", ".join(words)
 
 
-def varying_fields(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """The fields of Setting in which the cells differ."""
-    fields = ("optimizer", "activation", "base_lr", "batch_size", "pooling", "bar")
-    return tuple(name for name in fields if len({getattr(cell.setting, name) for cell in cells}) > 1)
+def model_title(model: str) -> str:
+    """A model as the study names it: what its specs call it, without the fingerprint."""
+    return model.partition("@")[0]
 
 
 def sentence(score: Score, cells: Sequence[Cell], num_missing: int = 0) -> str:
@@ -75,8 +80,8 @@ def sentence(score: Score, cells: Sequence[Cell], num_missing: int = 0) -> str:
     missing = f"{num_missing} trials have not run yet." if num_missing else ""
     if not spoken:
         return f"No trial has finished, so there is nothing to compare. {missing}".strip()
-    varying = varying_fields(cells)
-    words = [_of_cell(score, cell, setting_title(cell, varying)) for cell in spoken]
+    varying = varying_fields(cell.setting for cell in cells)
+    words = [_of_cell(score, cell, setting_title(cell.setting, varying)) for cell in spoken]
     return " ".join([*words, _reach(spoken, num_missing)])
 
 
