@@ -61,13 +61,14 @@ def test_losses_of_sure_outputs_are_finite(name: str) -> None:
     for target in (0, 1):
         value = OBJECTIVES["classification"][name].value(sure, torch.tensor([target]))
         (gradient,) = torch.autograd.grad(value, sure)
-        assert value.isfinite() and gradient.isfinite().all()
+        assert value.isfinite()
+        assert gradient.isfinite().all()
 
 
 def test_names_by_task() -> None:
     assert [find(task, "auto") for task in OBJECTIVES] == ["cross_entropy", "mse", "mse"]
     assert find("classification", " Focal ") == "focal"
-    with pytest.raises(StudyError, match="loss must be one of cross_entropy, .*; got 'foc'; did you mean 'focal'"):
+    with pytest.raises(StudyError, match=r"loss must be one of cross_entropy, .*; got 'foc'; did you mean 'focal'"):
         find("classification", "foc")
     with pytest.raises(StudyError, match="'mae' is for a regression or a forecast; this is a classification: write"):
         find("classification", "mae")

@@ -83,10 +83,10 @@ def lacks():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    reference._load.cache_clear()
+    reference._load_file.cache_clear()
     (tmp_path / "train.py").write_text(PROGRAM)
     yield tmp_path
-    reference._load.cache_clear()
+    reference._load_file.cache_clear()
 
 
 @pytest.fixture

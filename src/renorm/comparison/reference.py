@@ -62,10 +62,14 @@ class Reference:
         return model
 
 
-@lru_cache
 def _load(name: str) -> ModuleType:
     try:
-        return _load_file(Path(name).expanduser()) if name.endswith(".py") else _load_module(name)
+        if not name.endswith(".py"):
+            return _load_module(name)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise StudyError(f"a file of code must exist; there is no file {str(path)!r}")
+        return _load_file(path.resolve())
     except StudyError:
         raise
     # the user's code may raise anything
@@ -84,11 +88,12 @@ def _load_module(name: str) -> ModuleType:
         ) from None
 
 
+@lru_cache  # by the whole path: the current folder may change
 def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"renorm_user_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise StudyError(f"a file of code must exist; there is no file {str(path)!r}")
-    _put_on_path(path.resolve().parent)
+    assert spec is not None
+    assert spec.loader is not None
+    _put_on_path(path.parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)
