@@ -19,7 +19,7 @@ from renorm.comparison.analysis import Analysis, analyse
 from renorm.comparison.cells import Row, corrected
 from renorm.comparison.score import Estimate, estimate, rounded
 from renorm.comparison.spec import TrialResult
-from renorm.comparison.terminal import table
+from renorm.comparison.terminal import TerminalTable
 from renorm.comparison.verdict import joined, norm_title
 
 CLEAR = {
@@ -451,7 +451,7 @@ def test_words_are_joined_as_in_a_sentence() -> None:
 def printed(analysis: Analysis, width: int = 80) -> str:
     console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False)
     with console.capture() as capture:
-        console.print(table(analysis))
+        console.print(TerminalTable(analysis))
     return capture.get()
 
 
@@ -482,3 +482,22 @@ def test_the_terminal_table_of_nothing_and_of_a_regression() -> None:
     study, _ = study_of(CLEAR)
     assert "Norm" in printed(analyse(study, []))
     assert "RMSE" in printed(analyse(*regression()))
+
+
+def test_the_terminal_table_gives_long_titles_the_whole_width() -> None:
+    results = [
+        result(spec("batch", 32, 0, model=model, loss=loss, dropout=0.25), 0.1)
+        for model in ("mlp", "transformer")
+        for loss in ("label_smoothing", "binary_cross_entropy")
+    ]
+    lines = [line.rstrip() for line in printed(analyse(record(results), results)).splitlines()]
+    assert "Batch size 32, transformer, binary cross entropy loss" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_terminal_table_breaks_long_patterns() -> None:
+    pattern = "n (g [c]) [d h w] g=8" * 3
+    lines = [line.rstrip() for line in printed(analyse(*study_of({(pattern, 32): [0.1, 0.2, 0.3]}))).splitlines()]
+    assert max(map(len, lines)) <= 80
+    names = [line.strip().split("  ")[0] for line in lines if line.startswith(" ")]
+    assert "".join(names).replace(" ", "") == pattern.replace(" ", "")

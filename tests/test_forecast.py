@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ from renorm.comparison.panel import Panel, Windows
 from renorm.comparison.progress import Clock
 from renorm.comparison.spec import TrialResult
 from renorm.comparison.study import RATES, grid
-from renorm.comparison.terminal import table as terminal_table
+from renorm.comparison.terminal import TerminalTable
 from renorm.errors import DataError, StudyError
 
 
@@ -301,7 +302,10 @@ def test_a_study_has_a_table_series_and_a_report(tmp_path: Path) -> None:
     ):
         assert words in page
     assert Comparison.load(tmp_path / "made").series().equals(by_series)
-    assert terminal_table(found.analysis).row_count == 4 * 5
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(TerminalTable(found.analysis))
+    assert capture.get().count("2 of 2") == 4 * 4
     assert found.best().norm in frame["norm"].tolist()
 
 

@@ -147,14 +147,14 @@ def compare(
     with _told():
         from renorm.comparison import Study, run_study
         from renorm.comparison.progress import duration
-        from renorm.comparison.terminal import table
+        from renorm.comparison.terminal import TerminalTable
 
         start = monotonic()
         plan = Study(**settings) if study is None else Study.from_toml(study, **settings)
         comparison = run_study(plan, out=out, jobs=jobs, backend=backend)
         report = comparison.report()
         console = Console()
-        console.print(table(comparison.analysis))
+        console.print(TerminalTable(comparison.analysis))
         console.print(comparison.sentence, markup=False, highlight=False)
         for note in (*comparison.analysis.notes, *comparison.notes):
             console.print(f"note: {note}", markup=False, highlight=False)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from renorm.comparison.analysis import Analysis
 from renorm.comparison.cells import Cell, Row
-from renorm.comparison.score import OTHER_TITLES, rounded
+from renorm.comparison.score import OTHER_TITLES, Score, rounded
 from renorm.comparison.verdict import norm_title, setting_title
 
-__all__ = ["table"]
+__all__ = ["TerminalTable"]
 
 _WORDS = {
     "best": "★ lowest",
@@ -23,69 +25,106 @@ _WORDS = {
     "untested": "not tested",
     "unfinished": "–",
 }
+_GAP = 2  # between columns
 
 
-def table(analysis: Analysis) -> Table:
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    least: int | None = None  # it may be broken down to this width where the terminal is narrow
+    right: bool = False  # numbers
+
+
+@dataclass(frozen=True)
+class TerminalTable:
     """The rows of an analysis, setting by setting, the lowest mean first and marked with a star.
 
     Below it stands why trials did not finish. Texts from outside are shown as they are, not read as markup.
     """
-    score = analysis.score
-    shown = Table(
-        title=Text(f"{score.title[:1].upper()}{score.title[1:]}, mean over seeds with its 95% interval"),
-        title_justify="left",
-        caption=_reasons(analysis),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    # A pattern may be long; the other names must not give way to the words beside them.
-    longest = max((len(norm_title(row.norm)) for row in analysis.rows), default=0)
-    shown.add_column("Norm", no_wrap=longest <= 22, overflow="fold")
-    shown.add_column("Error %" if score.is_rate else score.name, justify="right", no_wrap=True)
-    shown.add_column("95% interval", no_wrap=True)
-    for key in score.other_keys:
-        shown.add_column(OTHER_TITLES[key], justify="right", no_wrap=True)
-    shown.add_column("Against the lowest", no_wrap=not score.other_keys)
-    shown.add_column("Seeds", min_width=6 if score.other_keys else 8, max_width=10)
-    if not score.other_keys:  # they take its place
-        shown.add_column("ms/step", justify="right", no_wrap=True)
-    for cell in analysis.cells:
-        _add(shown, analysis, cell)
-    return shown
+
+    analysis: Analysis
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A title for each setting over the whole width, and rows in columns that stand below each other."""
+        analysis, score = self.analysis, self.analysis.score
+        columns = _columns(score)
+        lines = {id(row): _entries(score, row) for row in analysis.rows}
+        widths = _widths(columns, lines.values(), options.max_width)
+        yield Text(f"{score.title[:1].upper()}{score.title[1:]}, mean over seeds with its 95% interval", "italic")
+        yield _grid(columns, widths, [([column.head for column in columns], "bold")])
+        yield Text("─" * min(options.max_width, sum(widths) + _GAP * (len(widths) - 1)))
+        for cell in analysis.cells:
+            yield Text(_title(analysis, cell), "bold")
+            yield _grid(columns, widths, [(lines[id(row)], _style(row)) for row in cell.rows])
+            yield Text()
+        yield from _reasons(analysis)
 
 
-def _add(shown: Table, analysis: Analysis, cell: Cell) -> None:
-    varying = analysis.varying
-    title = setting_title(cell.setting, varying, batch_size="pooling" not in varying or "batch_size" in varying)
-    shown.add_row(Text(title.capitalize(), style="bold"))
-    for row in cell.rows:
-        shown.add_row(*_entries(analysis, row), style="bold" if row.place == "best" else None)
-    shown.add_section()
-
-
-def _entries(analysis: Analysis, row: Row) -> list[Text]:
-    score = analysis.score
-    rate = "" if row.setting.base_lr is not None else f", lr {row.base_lr:g}"
+def _columns(score: Score) -> list[_Column]:
     return [
-        Text(f" {norm_title(row.norm)}{rate}"),
-        Text(score.text(row.score).removesuffix("%")),
-        Text(score.interval(row.score)),
-        *(Text(rounded(row.others[key].mean, row.others[key].half_width)) for key in score.other_keys),
-        Text(_WORDS[row.place]),
-        Text(row.status),
-        *([] if score.other_keys else [Text(rounded(row.seconds_per_step * 1e3, math.nan))]),
+        _Column("Norm", least=16),
+        _Column("Error %" if score.is_rate else score.name, right=True),
+        _Column("95% interval"),
+        *(_Column(OTHER_TITLES[key], right=True) for key in score.other_keys),
+        _Column("Against the lowest", least=12),
+        _Column("Seeds", least=7),
+        *([] if score.other_keys else [_Column("ms/step", right=True)]),  # they take its place
     ]
 
 
-def _reasons(analysis: Analysis) -> Text | None:
+def _entries(score: Score, row: Row) -> list[str]:
+    rate = "" if row.setting.base_lr is not None else f", lr {row.base_lr:g}"
+    return [
+        f" {norm_title(row.norm)}{rate}",
+        score.text(row.score).removesuffix("%"),
+        score.interval(row.score),
+        *(rounded(row.others[key].mean, row.others[key].half_width) for key in score.other_keys),
+        _WORDS[row.place],
+        row.status,
+        *([] if score.other_keys else [rounded(row.seconds_per_step * 1e3, math.nan)]),
+    ]
+
+
+def _widths(columns: Sequence[_Column], lines: Iterable[Sequence[str]], most: int) -> list[int]:
+    """As wide as the longest entry; columns that may be broken give way, the last first."""
+    widths = [max(map(len, entries)) for entries in zip([column.head for column in columns], *lines, strict=True)]
+    excess = sum(widths) + _GAP * (len(widths) - 1) - most
+    for at, column in reversed(list(enumerate(columns))):
+        if column.least is not None and excess > 0:
+            cut = min(excess, max(0, widths[at] - column.least))
+            widths[at] -= cut
+            excess -= cut
+    return widths
+
+
+def _grid(
+    columns: Sequence[_Column], widths: Sequence[int], lines: Iterable[tuple[Sequence[str], str | None]]
+) -> Table:
+    grid = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
+    for column, width in zip(columns, widths, strict=True):
+        grid.add_column(width=width, justify="right" if column.right else "left", overflow="fold")
+    for entries, style in lines:
+        grid.add_row(*map(Text, entries), style=style)
+    return grid
+
+
+def _style(row: Row) -> str | None:
+    return "bold" if row.place == "best" else None
+
+
+def _title(analysis: Analysis, cell: Cell) -> str:
+    varying = analysis.varying
+    sizes = "pooling" not in varying or "batch_size" in varying
+    return setting_title(cell.setting, varying, batch_size=sizes).capitalize()
+
+
+def _reasons(analysis: Analysis) -> list[Text]:
     """Why trials did not finish, each reason once with the norm and settings it is of."""
     places: dict[tuple[str, str], list[str]] = {}
     for cell in analysis.cells:
         for row in cell.rows:
             for reason in row.reasons:
                 places.setdefault((row.norm, reason), []).append(setting_title(cell.setting, analysis.varying))
-    lines = [f"{norm_title(norm)}, {' and '.join(where)}: {reason}" for (norm, reason), where in places.items()]
-    return Text("\n".join(lines), style="dim") if lines else None
+    return [
+        Text(f"{norm_title(norm)}, {' and '.join(where)}: {reason}", "dim") for (norm, reason), where in places.items()
+    ]
