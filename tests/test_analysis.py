@@ -499,5 +499,6 @@ def test_the_terminal_table_breaks_long_patterns() -> None:
     pattern = "n (g [c]) [d h w] g=8" * 3
     lines = [line.rstrip() for line in printed(analyse(*study_of({(pattern, 32): [0.1, 0.2, 0.3]}))).splitlines()]
     assert max(map(len, lines)) <= 80
-    names = [line.strip().split("  ")[0] for line in lines if line.startswith(" ")]
+    below = lines[next(at for at, line in enumerate(lines) if "─" in line) :]
+    names = [line.strip().split("  ")[0] for line in below if line.startswith(" ")]
     assert "".join(names).replace(" ", "") == pattern.replace(" ", "")

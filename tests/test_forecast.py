@@ -305,7 +305,7 @@ def test_a_study_has_a_table_series_and_a_report(tmp_path: Path) -> None:
     console = Console(width=120)
     with console.capture() as capture:
         console.print(TerminalTable(found.analysis))
-    assert capture.get().count("2 of 2") == 4 * 4
+    assert capture.get().count("3 of 3") == 4 * 4
     assert found.best().norm in frame["norm"].tolist()
 
 
