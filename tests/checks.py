@@ -430,4 +430,18 @@ def check_meta(case: Case) -> None:
     assert torch.equal(layer(case.input()), case.layer()(case.input()))
 
 
+def check_device(case: Case) -> None:
+    """Away from the CPU nothing is made on it and nothing is read back: no step waits for the device."""
+    for training in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = case.layer(dtype).to("meta").train(training)  # a device without values, which refuses to be read
+            x = case.input(dtype).to("meta").requires_grad_()
+            masks = [None] if "mask" in case.exempt else [None, case.mask().to("meta")]
+            for mask in masks:
+                y = layer(x) if mask is None else layer(x, mask)
+                (grad,) = torch.autograd.grad(y.sum(), x)
+                assert y.is_meta
+                assert (grad.shape, grad.dtype) == (x.shape, dtype)
+
+
 CHECKS = {name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")}
