@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-from renorm.choices.losses import KERAS_NAMES, LossChoice, loss, loss_for
+from renorm.choices.keras_losses import KERAS_NAMES, loss
+from renorm.choices.losses import LossChoice, loss_for
 from renorm.errors import LossError, RenormError, StudyError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -101,6 +102,21 @@ def test_outputs_of_any_dtype(dtype: torch.dtype) -> None:
         assert choice.loss(output, target).dtype == dtype
 
 
+def test_a_class_that_cannot_be_is_no_mistake() -> None:
+    output = logits(9, 3).index_fill(1, torch.tensor([2]), -math.inf)
+    assert loss_for(output, YES).loss(output, YES).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """A target rounded to half precision would be another target: 1001 is 1000 in bfloat16."""
+    output, target = torch.full((4,), 1000, dtype=dtype), torch.tensor([1001.0, 1003, 999, 997])
+    assert loss_for(output, target).loss(output, target).item() == 5.0
+    p, yes = torch.tensor([1, 0], dtype=dtype), torch.tensor([0.0, 1.0])
+    assert loss(BINARY)(p, yes).item() == pytest.approx(-math.log(1e-7), rel=0.02)  # as Keras clips it
+    assert loss(BINARY)(p, yes).dtype == dtype
+
+
 def test_the_choice_is_frozen_and_pickles() -> None:
     choice = loss_for(logits(9, 3), LABELS)
     again = pickle.loads(pickle.dumps(choice))
@@ -116,6 +132,10 @@ def test_reasons_name_what_decided() -> None:
     assert "BCEWithLogitsLoss" in loss_for(logits(9, 3), one_hot(LABELS, 3)).reason  # the other reading
     assert "yes or no each for itself" in loss_for(logits(4, 3), MANY).reason
     assert "normal noise" in loss_for(logits(9), torch.linspace(-2, 3, 9)).reason
+    assert "(target == 1).float() for torch.nn.BCE" in loss_for(logits(9), 2.0 * YES - 1).reason
+    assert "half of them or more equal" in loss_for(logits(9), torch.tensor([3.0] * 8 + [90.0])).reason
+    assert "the last one would fit" in loss_for(logits(2, 5, 5), torch.randint(5, (2, 5))).reason
+    assert "the last one would fit" not in loss_for(logits(2, 5, 4), torch.randint(5, (2, 4))).reason
     assert "if they are probabilities" in loss_for(logits(9), torch.linspace(0, 1, 9)).reason
 
 
@@ -170,6 +190,15 @@ REFUSED = {
     "nan": (logits(9), torch.full((9,), math.nan), "must be finite"),
     "inf": (logits(9, 3), torch.full((9,), math.inf), "must be finite"),
     "nobody": (logits(0, 3), torch.zeros(0, dtype=torch.long), "empty batch"),
+    "labels, all left out": (logits(9, 3), torch.full((9,), -100), "some label must count; got -100 only"),
+    "void is -1": (logits(9, 3), LABELS.where(LABELS < 2, -1), r"ignore_index=-1\) if -1 means to leave it out, for"),
+    "void is 255": (logits(9, 3), LABELS.where(LABELS < 2, 255), "ignore_index=255.*, or a model with 256 outputs"),
+    "yes and no are -1 and 1": (logits(9), 2 * YES - 1, r"-1 to 1: for a yes or no write \(target == 1\).float"),
+    "an output of nan": (torch.full((9, 3), math.nan), LABELS, "the output must be numbers"),
+    "an output of inf": (logits(9).where(YES == 0, math.inf), logits(9), "the output must be numbers"),
+    "a list": (logits(9, 3), LABELS.tolist(), r"the target must be a tensor; got list: write torch.as_tensor\("),
+    "an array": (logits(9, 3), LABELS.numpy(), "the target must be a tensor; got ndarray"),
+    "several outputs": ((logits(9, 3), logits(9)), LABELS, r"the output must be a tensor; got tuple: write output\[0"),
     "a number": (torch.tensor(1.0), torch.tensor(1.0), "batch dimension"),
 }  # fmt: skip
 
@@ -263,11 +292,31 @@ def test_the_choice_and_the_name_it_gives_agree() -> None:
         (SPARSE, logits(9, 3), one_hot(LABELS, 3), "without the classes.*Keras categorical_crossentropy"),
         (BINARY, logits(9, 1), YES, "the output's shape.*mean_squared_error"),
         (SPARSE, logits(9, 3), LABELS + 1, "labels 0 to 2; got 1 to 3"),
+        (SPARSE, logits(9, 3), LABELS / 2, "labels 0 to 2; got 0 to 1: write whole numbers"),
+        (BINARY, logits(9), 2 * YES, r"must be from 0 to 1; got 0 to 2: write \(target > 0\)"),
     ],
 )
 def test_the_names_refuse_what_does_not_fit(name: str, output: Tensor, target: Tensor, message: str) -> None:
     with pytest.raises(LossError, match=message):
         loss(name, from_logits=True)(output, target)
+
+
+@pytest.mark.parametrize("name", KERAS_NAMES)
+def test_logits_are_not_taken_for_probabilities(name: str) -> None:
+    target = LABELS if name == SPARSE else one_hot(LABELS, 3)
+    with pytest.raises(LossError, match=rf"takes probabilities; got .* write renorm.loss\('{name}', from_logits=True"):
+        loss(name)(logits(9, 3), target)
+    if name != BINARY:  # torch's own raises
+        assert loss(name)(torch.full((9, 3), math.nan), target).isnan()
+
+
+@pytest.mark.parametrize("name", KERAS_NAMES)
+def test_the_names_compile_and_map(name: str) -> None:
+    x, target = logits(9, 3), LABELS if name == SPARSE else one_hot(LABELS, 3)
+    p = x.sigmoid() if name == BINARY else x.softmax(-1)
+    compiled = torch.compile(loss(name), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(p, target), loss(name)(p, target))
+    torch.testing.assert_close(torch.vmap(loss(name))(p, target).mean(), loss(name)(p, target))
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from renorm.cards import explain
     from renorm.choices.activations import draw_activation
     from renorm.choices.dropout import mc_dropout
-    from renorm.choices.losses import loss, loss_for
+    from renorm.choices.keras_losses import loss
+    from renorm.choices.losses import loss_for
     from renorm.choices.optimizers import draw_trajectory, trajectory
     from renorm.choices.summary import summary
     from renorm.comparison import Comparison, compare
@@ -145,7 +146,7 @@ _LAZY = {
     "draw_activation": "renorm.choices.activations",
     "draw_trajectory": "renorm.choices.optimizers",
     "explain": "renorm.cards",
-    "loss": "renorm.choices.losses",
+    "loss": "renorm.choices.keras_losses",
     "loss_for": "renorm.choices.losses",
     "mc_dropout": "renorm.choices.dropout",
     "summary": "renorm.choices.summary",

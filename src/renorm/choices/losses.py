@@ -1,48 +1,35 @@
-"""Which loss goes with which output and target, and Keras's three cross-entropies by their names.
+"""Which loss goes with which output and target.
 
 Outputs are logits: what the last layer gives, without a sigmoid or a softmax. Logarithms are natural, losses in nats.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from renorm.choices.registry import look_up
 from renorm.errors import LossError
 
-__all__ = [
-    "KERAS_NAMES",
-    "BCEWithLogitsLoss",
-    "CrossEntropyLoss",
-    "HuberLoss",
-    "KerasCrossEntropy",
-    "LossChoice",
-    "MSELoss",
-    "loss",
-    "loss_for",
-]
+__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "LossChoice", "MSELoss", "loss_for"]
 
 # Keras's name of each, and torch's
-_TORCH = {
+TORCH_NAMES = {
     "categorical_crossentropy": "CrossEntropyLoss",
     "sparse_categorical_crossentropy": "CrossEntropyLoss",
     "binary_crossentropy": "BCEWithLogitsLoss",
 }
-KERAS_NAMES = tuple(_TORCH)
-_EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [this, 1 - this]
+SOFT, SPARSE, BINARY = (f"torch.nn.{torchs}() / Keras {name}(from_logits=True)" for name, torchs in TORCH_NAMES.items())
+REAL = "torch.nn.MSELoss() / Keras mean_squared_error"
+
 _IGNORED = -100  # torch's ignore_index: a label that counts for nothing
 
 _LEAST_VALUES = 8  # from which on values that all lie in [0, 1] are taken for probabilities
 _FAR = 5.0  # robust standard deviations, times 1 + 32 / N since their estimate from N values may be small:
 _FEW = 32.0  # measured on normal targets, one batch in 150 of 6 or 8, in 5,000 of 256, has a value farther out
 _HUBER_DELTA = 1.345  # standard deviations: 95% of the mean's efficiency if the noise is normal
-
-_SOFT, _SPARSE, _BINARY = (f"torch.nn.{torchs}() / Keras {name}(from_logits=True)" for name, torchs in _TORCH.items())
-_REAL = "torch.nn.MSELoss() / Keras mean_squared_error"
 
 
 @dataclass(frozen=True)
@@ -54,13 +41,18 @@ class LossChoice:
     keras: str  # what Keras calls it
 
 
+def wide(values: Tensor) -> Tensor:
+    """At least float32: a target of 40,001 is 40,000 in float16, and the square of 300 is infinite."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Torch's, for labels of any whole dtype (torch takes int64 and uint8) and soft targets of any dtype."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean over the labels, in nats."""
-        soft = input.shape == target.shape
-        return super().forward(input, target.to(input.dtype) if soft else target.long())
+        logits, soft = wide(input), input.shape == target.shape
+        return super().forward(logits, target.to(logits.dtype) if soft else target.long()).to(input.dtype)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -68,7 +60,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean over the units, in nats."""
-        return super().forward(input, target.to(input.dtype))
+        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
 
 
 class MSELoss(nn.MSELoss):
@@ -76,7 +68,7 @@ class MSELoss(nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean of the squares, in the target's units squared."""
-        return super().forward(input, target.to(input.dtype))
+        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
 
 
 class HuberLoss(nn.HuberLoss):
@@ -84,7 +76,7 @@ class HuberLoss(nn.HuberLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean, in the target's units squared."""
-        return super().forward(input, target.to(input.dtype))
+        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
 
 
 def loss_for(output: Tensor, target: Tensor) -> LossChoice:
@@ -111,10 +103,13 @@ def loss_for(output: Tensor, target: Tensor) -> LossChoice:
         target: what the loader gives, of any real dtype; the loss casts it where torch would refuse. A label of -100
             is torch's for "leave it out".
 
+    The loss that is chosen computes in float32 where the output is of half precision, and gives the output's dtype.
+
     Raises:
         LossError: nothing fits, or more than one thing could be meant: (N, 1) beside (N,), labels out of range or as
-            floats, probabilities in place of logits, values that are not finite, an empty batch. The message says
-            what to write, and the names of the loss that would then fit in torch and in Keras.
+            floats, probabilities in place of logits, targets that are not finite, outputs of NaN or inf (-inf is a
+            class that cannot be), what is no tensor, an empty batch, no label that counts. The message says what to
+            write, and the names of the loss that would then fit in torch and in Keras.
 
     >>> choice = loss_for(torch.zeros(4, 3), torch.tensor([0, 2, 1, 1]))
     >>> choice.loss, choice.keras
@@ -122,39 +117,47 @@ def loss_for(output: Tensor, target: Tensor) -> LossChoice:
     >>> choice.reason
     '3 units and whole numbers from 0 to 2, one for each sample: each is the index of a class'
     """
-    output, target = output.detach(), target.detach()
     _check_values(output, target)
+    output, target = output.detach(), target.detach()
     if output.shape == target.shape:
         return _same_shape(output, target)
     return _class_indices(output, target)
 
 
 def _check_values(output: Tensor, target: Tensor) -> None:
+    hints = (("output", output, "output[0], or what holds the logits"), ("target", target, "torch.as_tensor(target)"))
+    for name, value, hint in hints:
+        if not isinstance(value, Tensor):
+            raise LossError(
+                f"the {name} must be a tensor; got {type(value).__name__}: write {hint}, for example for {SPARSE}"
+            )
     if not output.is_floating_point():
         raise LossError(
             f"the output must be floating: the logits of the last layer; got {output.dtype}, as argmax gives: take the "
-            f"loss of what goes into it, for classes {_SPARSE}"
+            f"loss of what goes into it, for classes {SPARSE}"
         )
     if target.is_complex():
-        raise LossError(f"the target must be real; got {target.dtype}: write torch.view_as_real(target) for {_REAL}")
+        raise LossError(f"the target must be real; got {target.dtype}: write torch.view_as_real(target) for {REAL}")
     if not output.dim():
-        raise LossError(
-            f"the output must have a batch dimension; got a single number: write output.view(1) for {_REAL}"
-        )
+        raise LossError(f"the output must have a batch dimension; got a single number: write output.view(1) for {REAL}")
     if not output.numel() or not target.numel():
         raise LossError(
             f"an empty batch shows no loss; got output {_shape(output)} and target {_shape(target)}: take a batch that "
-            f"has samples, for example for {_SPARSE}"
+            f"has samples, for example for {SPARSE}"
         )
     if not bool(target.isfinite().all()):
-        raise LossError(f"the target must be finite; got nan or inf: leave those samples out, then for example {_REAL}")
+        raise LossError(f"the target must be finite; got nan or inf: leave those samples out, then for example {REAL}")
+    if bool((output.isnan() | (output == math.inf)).any()):
+        raise LossError(
+            f"the output must be numbers; got nan or inf: mend the model or its input, then for example {SPARSE}"
+        )
 
 
 def _same_shape(output: Tensor, target: Tensor) -> LossChoice:
     """Yes and no, rows of probabilities, or real numbers."""
     whole, binary = not target.is_floating_point(), _binary(target)
     if _classes(output) > 1 and _rows_sum_to_one(target):
-        _check_logits(output, _SOFT)
+        _check_logits(output, SOFT)
         kind = "rows of 0 and 1 with a single 1" if binary else "rows of probabilities that sum to 1"
         also = "; if they are yes or no each for itself, take torch.nn.BCEWithLogitsLoss()" if binary else ""
         return LossChoice(
@@ -163,7 +166,7 @@ def _same_shape(output: Tensor, target: Tensor) -> LossChoice:
             "categorical_crossentropy(from_logits=True)",
         )
     if binary:
-        _check_logits(output, _BINARY)
+        _check_logits(output, BINARY)
         several = _classes(output) > 1
         reason = (
             f"{_classes(output)} units and 0 or 1 for each, several or none of them 1: yes or no each for itself"
@@ -179,13 +182,17 @@ def _same_shape(output: Tensor, target: Tensor) -> LossChoice:
 def _whole_numbers(output: Tensor, target: Tensor) -> LossError:
     low, high = int(target.min()), int(target.max())
     if _classes(output) == 1:
+        if low < high and bool(((target == low) | (target == high)).all()):
+            write = f"for a yes or no write (target == {high}).float() for {BINARY}"
+        else:
+            write = f"for {high + 1} classes give the model {high + 1} outputs and write {SPARSE}"
         return LossError(
-            f"one unit tells 0 from 1; got whole numbers from {low} to {high}: for {high + 1} classes give the model "
-            f"{high + 1} outputs and write {_SPARSE}; for a quantity write target.float() for {_REAL}"
+            f"one unit tells 0 from 1; got whole numbers from {low} to {high}: {write}; for a quantity write "
+            f"target.float() for {REAL}"
         )
     return LossError(
         f"whole numbers in the output's shape {_shape(output)} must be 0 or 1; got {low} to {high}: write indices of "
-        f"classes of the shape {_without_classes(output)} for {_SPARSE}, or target.float() for {_REAL}"
+        f"classes of the shape {_without_classes(output)} for {SPARSE}, or target.float() for {REAL}"
     )
 
 
@@ -194,19 +201,26 @@ def _real(target: Tensor) -> LossChoice:
     middle = values.median()
     spread = 1.4826 * float((values - middle).abs().median())
     low, high = float(values.min()), float(values.max())
-    probable = "; if they are probabilities, take torch.nn.BCEWithLogitsLoss()" if low >= 0 and high <= 1 else ""
+    also = "; if they are probabilities, take torch.nn.BCEWithLogitsLoss()" if low >= 0 and high <= 1 else ""
+    if low < high and bool(((values == low) | (values == high)).all()):
+        also = f"; if they are a yes or no, write (target == {high:g}).float() for torch.nn.BCEWithLogitsLoss()"
     farthest = float((values - middle).abs().max()) / spread if spread else 0.0
     if len(values) > 4 and farthest > _FAR * (1 + _FEW / len(values)):
         delta = float(f"{_HUBER_DELTA * spread:.4g}")
         return LossChoice(
             HuberLoss(delta=delta),
             f"real numbers, one {farthest:.3g} robust standard deviations from the median: squared, it would outweigh "
-            f"the others; delta is 1.345 of these deviations{probable}",
+            f"the others; delta is 1.345 of these deviations{also}",
             f"Huber(delta={delta:g})",
         )
+    far = (
+        "none far from the others"
+        if spread or low == high
+        else "half of them or more equal, so that none is called far"
+    )
     return LossChoice(
         MSELoss(),
-        f"real numbers from {low:.4g} to {high:.4g}, none far from the others: normal noise{probable}",
+        f"real numbers from {low:.4g} to {high:.4g}, {far}: normal noise{also}",
         "mean_squared_error",
     )
 
@@ -221,32 +235,52 @@ def _class_indices(output: Tensor, target: Tensor) -> LossChoice:
     if target.is_floating_point():
         if bool((target == target.round()).all()) and _between(target, 0, classes - 1):
             raise LossError(
-                f"indices of classes must be whole numbers; got {target.dtype}: write target.long() for {_SPARSE}"
+                f"indices of classes must be whole numbers; got {target.dtype}: write target.long() for {SPARSE}"
             )
         raise LossError(
             f"{classes} units need {classes} real numbers for each sample; got a target of shape {_shape(target)}, "
             f"which would be broadcast: write a target of shape {_shape(output)}, or a model with one output, for "
-            f"{_REAL}"
+            f"{REAL}"
         )
     labels = target[target != _IGNORED]
-    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-    if low < 0 or high >= classes:
-        shift = " (labels that begin with 1: write target - 1)" if low == 1 and high == classes else ""
+    if not labels.numel():
         raise LossError(
-            f"{classes} units have the classes 0 to {classes - 1}; got labels from {low} to {high}{shift}: write "
-            f"labels in that range, or a model with {max(high + 1, classes)} outputs, for {_SPARSE}"
+            f"some label must count; got {_IGNORED} only, which torch leaves out, and the mean of none is nan: take a "
+            f"batch that has labels, for {SPARSE}"
         )
-    _check_logits(output, _SPARSE)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise _out_of_range(labels, low, high, classes)
+    _check_logits(output, SPARSE)
     place = "sample" if output.dim() == 2 else "place"
+    either = output.dim() > 2 and target.shape == output.shape[:-1]
+    also = "; the classes are dimension 1, as torch has them, though the last one would fit as well" if either else ""
     return LossChoice(
         CrossEntropyLoss(),
-        f"{classes} units and whole numbers from {low} to {high}, one for each {place}: each is the index of a class",
+        f"{classes} units and whole numbers from {low} to {high}, one for each {place}: each is the index of a "
+        f"class{also}",
         "sparse_categorical_crossentropy(from_logits=True)",
     )
 
 
+def _out_of_range(labels: Tensor, low: int, high: int, classes: int) -> LossError:
+    outside = torch.unique(labels[(labels < 0) | (labels >= classes)]).tolist()
+    if low == 1 and high == classes:
+        hints = ["target - 1 if they begin with 1"]
+    elif len(outside) == 1:
+        hints = [f"torch.nn.CrossEntropyLoss(ignore_index={outside[0]}) if {outside[0]} means to leave it out"]
+    else:
+        hints = ["labels in that range"]
+    if low >= 0:
+        hints.append(f"a model with {high + 1} outputs")
+    return LossError(
+        f"{classes} units have the classes 0 to {classes - 1}; got labels from {low} to {high}: write "
+        f"{', or '.join(hints)}, for {SPARSE}"
+    )
+
+
 def _one_unit(output: Tensor, target: Tensor) -> LossError:
-    fits = _BINARY if _binary(target) else _REAL
+    fits = BINARY if _binary(target) else REAL
     if output.numel() == target.numel():
         write = f"target.view({', '.join(map(str, output.shape))}), or output.view({', '.join(map(str, target.shape))})"
     else:
@@ -260,12 +294,12 @@ def _one_unit(output: Tensor, target: Tensor) -> LossError:
 def _misshapen(output: Tensor, target: Tensor) -> LossError:
     without = _without_classes(output)
     if tuple(target.shape) == (len(output), 1, *without[1:]):
-        hint = f"write target.squeeze(1) for {_SPARSE}"
+        hint = f"write target.squeeze(1) for {SPARSE}"
     elif output.dim() > 2 and target.shape == output.shape[:-1]:
-        hint = f"the classes are last, as in Keras; torch has them second: write output.movedim(-1, 1) for {_SPARSE}"
+        hint = f"the classes are last, as in Keras; torch has them second: write output.movedim(-1, 1) for {SPARSE}"
     else:
-        indices = f"write indices of classes of the shape {without} for {_SPARSE}"
-        hint = f"{indices}, or a target of shape {_shape(output)} for {_SOFT}"
+        indices = f"write indices of classes of the shape {without} for {SPARSE}"
+        hint = f"{indices}, or a target of shape {_shape(output)} for {SOFT}"
     return LossError(f"output {_shape(output)} and target {_shape(target)} do not fit together: {hint}")
 
 
@@ -309,88 +343,3 @@ def _without_classes(output: Tensor) -> tuple[int, ...]:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-class KerasCrossEntropy(nn.Module):
-    """One of Keras's three cross-entropies, in nats, with its conventions; made by :func:`loss`.
-
-    Classes are the last dimension; probabilities are divided by their sum (not those of a yes or no) and clipped to
-    [1e-7, 1 - 1e-7]; the result is the mean over all other dimensions.
-    """
-
-    def __init__(self, name: str, *, from_logits: bool = False) -> None:
-        super().__init__()
-        self.name = name
-        self.from_logits = from_logits
-
-    def extra_repr(self) -> str:
-        """The name and what it takes."""
-        return f"{self.name!r}, from_logits={self.from_logits}"
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss of what the model gives and what the loader gives: torch's order, not Keras's.
-
-        Raises:
-            LossError: shapes that do not fit, a single class, labels out of range.
-        """
-        if self.name == "binary_crossentropy":
-            self._check(output.shape == target.shape, output, target, "the output's shape")
-            if self.from_logits:
-                return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
-            return F.binary_cross_entropy(self._clipped(output), target.to(output.dtype))
-        if not output.dim() or output.shape[-1] == 1:
-            raise LossError(
-                f"{self.name} needs two classes or more in the last dimension; got an output of shape "
-                f"{_shape(output)}, whose softmax is 1: write renorm.loss('binary_crossentropy'), {_BINARY}"
-            )
-        logarithms = output.log_softmax(-1) if self.from_logits else self._logarithms(output)
-        if self.name == "categorical_crossentropy":
-            self._check(output.shape == target.shape, output, target, "the output's shape, rows of 0 and 1")
-            return -(target * logarithms).sum(-1).mean()
-        if target.dim() == output.dim() and target.shape[-1] == 1:
-            target = target.squeeze(-1)  # as Keras does: labels are often a column
-        self._check(target.shape == output.shape[:-1], output, target, "the output's shape without the classes")
-        labels = target.long()
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[-1]:
-            raise LossError(
-                f"{output.shape[-1]} classes have the labels 0 to {output.shape[-1] - 1}; got {int(labels.min())} to "
-                f"{int(labels.max())}: write labels in that range, or a model with more outputs"
-            )
-        return -logarithms.gather(-1, labels.unsqueeze(-1)).mean()
-
-    def _check(self, fits: bool, output: Tensor, target: Tensor, must: str) -> None:
-        if not fits:
-            other = _SPARSE if self.name == "categorical_crossentropy" else _SOFT
-            other = _REAL if self.name == "binary_crossentropy" else other
-            raise LossError(
-                f"the target of {self.name} must have {must}; got output {_shape(output)} and target {_shape(target)}: "
-                f"reshape one of them, or write {other}"
-            )
-
-    def _logarithms(self, output: Tensor) -> Tensor:
-        return self._clipped(output / output.sum(-1, keepdim=True)).log()
-
-    def _clipped(self, probabilities: Tensor) -> Tensor:
-        return probabilities.clamp(_EPSILON, 1 - _EPSILON)
-
-
-def loss(name: str, *, from_logits: bool = False) -> nn.Module:
-    r"""A Keras cross-entropy by its name: the same numbers, to be called with (output, target) as torch's losses are.
-
-    $$-\sum_c t_c \ln p_c, \qquad -\ln p_t, \qquad -t \ln p - (1 - t) \ln(1 - p)$$
-    for "categorical_crossentropy" (targets as the output, (..., K)), "sparse_categorical_crossentropy" (labels 0 to
-    K - 1, (...) or (..., 1)) and "binary_crossentropy" (targets as the output), each averaged over all samples, in
-    nats. Classes are last. The output is p, or with `from_logits` what a softmax or sigmoid makes p of, which is
-    exact where p rounds to 0 or 1.
-
-    Raises:
-        StudyError: there is no such name.
-
-    Source: keras.losses, of Keras 3.
-
-    >>> crossentropy = loss("sparse_categorical_crossentropy")
-    >>> crossentropy(torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]]), torch.tensor([1, 2]))
-    tensor(1.1769)
-    """
-    look_up(_TORCH, name, "loss")
-    return KerasCrossEntropy(name.strip().lower(), from_logits=from_logits)
