@@ -130,16 +130,17 @@ def test_half_precision_is_summed_in_more():
 ONE, TWO = torch.zeros(3), torch.zeros(3, 2)
 REFUSED = {
     "noise": (ONE, ONE, "poisson", "noise must be"),
-    "empty": (ONE[:0], ONE[:0], "gaussian", "got none"),
+    "empty": (ONE[:0], ONE[:0], "gaussian", r"one sample at least; got the shapes \(0,\)"),
+    "a number": (ONE[0], ONE[0], "gaussian", r"got the shapes \(\) and \(\): write output.view\(1\)"),
     "shapes": (TWO, TWO[:, :1], "gaussian", r"same shape; got \(3, 2\) and \(3, 1\)"),
     "lengths": (ONE, ONE[:2], "gaussian", "same shape"),
     "nan": (ONE / 0, ONE, "gaussian", "must be numbers"),
     "infinite target": (ONE, ONE + math.inf, "gaussian", "must be numbers"),
-    "target": (ONE, ONE + 0.5, "bernoulli", "must be 0 or 1"),
+    "target": (ONE, ONE + 0.5, "bernoulli", "must be 0 or 1; got 0.5 to 0.5: write"),
     "one logit": (ONE, ONE.long(), "categorical", r"logits \(n, K\)"),
     "one-hot": (TWO, TWO.long(), "categorical", r"class indices \(n,\)"),
     "class": (TWO, ONE.long() + 2, "categorical", "whole numbers from 0 to 1"),
-    "float class": (TWO, ONE, "categorical", "whole numbers"),
+    "float class": (TWO, ONE, "categorical", "whole numbers.*torch.float32.*write y.long"),
     "nan logits": (TWO / 0, ONE.long(), "categorical", "must be numbers"),
 }
 
@@ -151,6 +152,19 @@ def test_refused(case):
         log_likelihood(output, y, noise=noise)
 
 
+def test_a_column_of_classes_is_taken():
+    """(n, 1) and (n,) fit each other."""
+    logits, classes = torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64), torch.tensor([1, 0])
+    expected = -math.log1p(math.exp(-1)) - math.log1p(math.exp(-2))
+    assert log_likelihood(logits, classes, noise="categorical") == pytest.approx(expected)
+    assert log_likelihood(logits, classes[:, None], noise="categorical") == pytest.approx(expected)
+
+
+def test_no_sample_has_no_criterion():
+    with pytest.raises(MeasureError, match="num_samples at least 1; got 2 and 0"):
+        Criteria(log_likelihood=0.0, num_parameters=2, num_samples=0)
+
+
 def test_a_negative_count_is_refused():
-    with pytest.raises(MeasureError, match="must not be negative; got -1"):
+    with pytest.raises(MeasureError, match=r"must not be negative.*got -1 and 2"):
         information_criteria(nn.Linear(1, 1), torch.ones(2, 1), torch.ones(2), noise="gaussian", num_parameters=-1)

@@ -22,6 +22,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    Pareto,
     Poisson,
     Uniform,
 )
@@ -419,9 +420,22 @@ REFUSED = {
     "triple": (lambda: kl(HALF, HALF, given=("probs",) * 3), "or a pair of them"),
     "mixed": (lambda: kl(HALF, HALF, given=("probs", "samples")), "go together"),
     "base": (lambda: entropy(HALF, given="probs", base=1), "base of the logarithm must be above 1"),
-    "sum": (lambda: entropy(HALF * 2, given="probs"), "must sum to 1, off by up to 1:"),
-    "negative": (lambda: entropy(torch.tensor([1.5, -0.5]), given="probs"), "must not be negative"),
-    "nan": (lambda: entropy(torch.tensor([math.nan, 0.5]), given="probs"), "off by up to inf"),
+    "sum": (lambda: entropy(HALF * 2, given="probs"), "must sum to 1; got 1 at least, and sums off by up to 1:"),
+    "nan": (lambda: entropy(torch.tensor([math.nan, 0.5]), given="probs"), "got nan at least"),
+    "negative": (
+        lambda: entropy(torch.tensor([-0.5, 1.5]), given="probs"),
+        "got -0.5 at least, and sums off by up to 0:",
+    ),
+    "weights": (lambda: entropy(torch.tensor([3.0, 1.0]), given="probs"), r"off by up to 3: write p / p.sum\(dim"),
+    "complex": (lambda: entropy(torch.tensor([0.5j, 0.5]), given="probs"), "must be real; got torch.complex64"),
+    "infinite": (
+        lambda: wasserstein(Cauchy(0.0, 1.0), Cauchy(0.0, 2.0), given="distribution"),
+        "tails must be lighter",
+    ),
+    "nearly infinite": (
+        lambda: wasserstein(Pareto(1.0, 1.2), Pareto(2.0, 1.2), given="distribution"),
+        "between Pareto and Pareto it is infinite, or cannot be told from that: write",
+    ),
     "no outcome": (lambda: entropy(torch.zeros(2, 0), given="probs"), "must sum to 1"),
     "nan logits": (lambda: entropy(torch.tensor([math.nan, 0.5]), given="logits"), "logits must be numbers"),
     "infinite logits": (lambda: entropy(torch.tensor([INF, 0.5]), given="logits"), "logits must be numbers"),
@@ -461,6 +475,20 @@ def test_refused(case):
     call, message = REFUSED[case]
     with pytest.raises(MeasureError, match=message):
         call()
+
+
+def test_heavy_tails_are_right_where_they_are_taken():
+    """Of scale s and index a the mean is s a / (a - 1); the distance of two scales is that of the means."""
+    for a in (1.5, 2.5, 4.0):
+        p, q = (Pareto(torch.tensor(s, dtype=torch.float64), a) for s in (1.0, 2.0))
+        assert wasserstein(p, q, given="distribution").item() == pytest.approx(a / (a - 1), rel=1e-5)
+    moved = wasserstein(Cauchy(0.0, 1.0), Cauchy(torch.tensor(2.0, dtype=torch.float64), 1.0), given="distribution")
+    assert moved.item() == pytest.approx(2, rel=1e-6)  # each quantile moves by 2
+
+
+def test_far_points_in_space_do_not_overflow():
+    x = torch.tensor([[1e200, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert wasserstein(x, -x, given="samples", order=2).item() == pytest.approx(1e200)
 
 
 def test_without_pot(monkeypatch):

@@ -277,6 +277,16 @@ def test_as_text():
     assert str(Score(0.123456, 0.1, 0.2)) == "0.1235 (0.1 to 0.2)"
 
 
+@pytest.mark.parametrize("given", ["probs", "logits"])
+def test_a_column_is_of_class_1(given):
+    """What a model with one unit gives: its softmax would be 1."""
+    p = np.array([0.2, 0.9, 0.6, 0.4])
+    values = torch.tensor(p if given == "probs" else np.log(p / (1 - p)))
+    found = classification_scores([0, 1, 0, 1], values[:, None], given=given, num_resamples=0)
+    assert found["log_loss"].value == pytest.approx(metrics.log_loss([0, 1, 0, 1], p))
+    assert found["accuracy"].value == 0.5
+
+
 # What is refused
 
 REFUSED = {
@@ -286,8 +296,14 @@ REFUSED = {
     "negative": (lambda: classification_scores([0], [-1], given="labels"), "output must be class indices"),
     "empty": (lambda: classification_scores(torch.zeros(0).long(), [], given="labels"), "one at least"),
     "lengths": (lambda: classification_scores([0, 1], [0], given="labels"), "equally many samples; got 2 and 1"),
-    "names": (lambda: classification_scores([0, 1], [0, 2], given="labels", classes="ab"), "got 2 names, 3 classes"),
-    "equal names": (lambda: classification_scores([0, 1], [0, 1], given="labels", classes="aa"), "got 1 names"),
+    "names": (
+        lambda: classification_scores([0, 1], [0, 2], given="labels", classes="ab"),
+        "got 2 different names, 3 classes",
+    ),
+    "equal names": (
+        lambda: classification_scores([0, 1], [0, 1], given="labels", classes="aa"),
+        "got 1 different names",
+    ),
     "label": (lambda: classification_scores([2], [[0.5, 0.5]], given="probs"), "labels up to 2"),
     "probs": (lambda: classification_scores([1], [[0.5, 0.6]], given="probs"), "must sum to 1"),
     "nan": (lambda: classification_scores([1], [[0.5, math.nan]], given="logits"), "logits must be numbers"),
@@ -295,8 +311,11 @@ REFUSED = {
     "bins": (lambda: classification_scores([1], [[0.5, 0.5]], given="probs", num_bins=0), "num_bins must be"),
     "shapes": (lambda: regression_scores([1.0, 2.0], [[1.0, 2.0]]), "same shape"),
     "three axes": (lambda: regression_scores(np.ones((2, 2, 2)), np.ones((2, 2, 2))), r"\(n,\) or \(n, m\)"),
-    "no number": (lambda: regression_scores([1.0], [math.nan]), "prediction must be finite numbers"),
-    "no sample": (lambda: regression_scores([], []), "target must be finite numbers"),
+    "no number": (lambda: regression_scores([1.0], [math.nan]), "prediction must be finite real numbers"),
+    "complex": (lambda: regression_scores([1j], [1.0]), "must be finite real numbers.*complex128"),
+    "text": (lambda: regression_scores(["a"], [1.0]), "must be finite real numbers"),
+    "seed": (lambda: regression_scores([1.0, 2.0], [1.0, 2.0], seed=-1), "seed must not be negative.*got 1000, -1"),
+    "no sample": (lambda: regression_scores([], []), "target must be finite real numbers"),
     "resamples": (lambda: regression_scores([1.0], [1.0], num_resamples=-1), "must not be negative"),
     "block": (lambda: regression_scores([1.0], [1.0], block=2), "from 1 to the 1 samples"),
     "season": (

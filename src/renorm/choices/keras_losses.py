@@ -42,7 +42,7 @@ class KerasCrossEntropy(nn.Module):
         """The loss of what the model gives and what the loader gives: torch's order, not Keras's.
 
         Half precision is computed in float32, and the loss has the output's dtype. Values are not checked under
-        torch.compile and torch.func, and a nan is left to be one.
+        torch.compile and torch.func.
 
         Raises:
             LossError: shapes that do not fit, a single class, labels that are no classes, outputs that are no

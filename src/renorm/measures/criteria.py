@@ -31,7 +31,7 @@ class Criteria:
 
     A parameter costs 2 in AIC and ln n in BIC, which is more from n = 8 on. AICc is for small n, exact for linear
     models whose k counts the variance; it is inf where n <= k + 1, for which it is not defined.
-    Akaike 1974; Hurvich & Tsai 1989; Schwarz 1978.
+    Raises MeasureError for a negative k, and an n below 1. Akaike 1974; Hurvich & Tsai 1989; Schwarz 1978.
 
     >>> found = Criteria(log_likelihood=-100.0, num_parameters=3, num_samples=50)
     >>> f"{found.aic:.2f} {found.aicc:.2f} {found.bic:.2f}"
@@ -41,6 +41,13 @@ class Criteria:
     log_likelihood: float  # ln L of all samples, in nats
     num_parameters: int  # k
     num_samples: int  # n
+
+    def __post_init__(self) -> None:
+        if self.num_parameters < 0 or self.num_samples < 1:
+            raise MeasureError(
+                "num_parameters must not be negative and num_samples at least 1; got "
+                f"{self.num_parameters} and {self.num_samples}"
+            )
 
     @property
     def aic(self) -> float:
@@ -95,8 +102,6 @@ def information_criteria(
     (2, -3.069)
     """
     k = sum(p.numel() for p in model.parameters() if p.requires_grad) if num_parameters is None else num_parameters
-    if k < 0:
-        raise MeasureError(f"num_parameters must not be negative; got {k}")
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -131,24 +136,31 @@ def log_likelihood(output: Tensor, y: Tensor, *, noise: Noise) -> float:
     """
     if noise not in ("gaussian", "bernoulli", "categorical"):
         raise MeasureError(f"noise must be 'gaussian', 'bernoulli' or 'categorical'; got {noise!r}")
-    if len(y) == 0:
-        raise MeasureError("a likelihood needs a sample; got none")
+    if not y.dim() or not y.numel() or not output.dim():
+        raise MeasureError(
+            "a likelihood needs rows of outputs and targets, one sample at least; got the shapes "
+            f"{tuple(output.shape)} and {tuple(y.shape)}: write output.view(1) and y.view(1) for a single number"
+        )
     output, y = output.detach().double(), y.detach()
     if noise == "categorical":
-        return _categorical(output, y)
+        return _categorical(output, y.squeeze(1) if y.shape[1:] == (1,) else y)
     if output.shape != y.shape:
         if {output.shape, y.shape} != {torch.Size([len(y)]), torch.Size([len(y), 1])}:
             # (n, 1) against (n, 2) would broadcast
             raise MeasureError(
-                f"output and target must have the same shape; got {tuple(output.shape)} and {tuple(y.shape)}"
+                f"outputs and targets of {noise} noise must have the same shape; got {tuple(output.shape)} and "
+                f"{tuple(y.shape)}: write a model with as many outputs as targets"
             )
         output = output.reshape(y.shape)
     y = y.double()
     if output.isnan().any() or not y.isfinite().all():
-        raise MeasureError("outputs and targets must be numbers; some are NaN or infinite")
+        raise MeasureError("outputs and targets must be numbers; some are NaN or infinite: leave these samples out")
     if noise == "bernoulli":
         if not ((y == 0) | (y == 1)).all():
-            raise MeasureError("targets of bernoulli noise must be 0 or 1")
+            raise MeasureError(
+                f"targets of bernoulli noise must be 0 or 1; got {y.min():g} to {y.max():g}: write noise='categorical' "
+                "for classes, 'gaussian' for other numbers"
+            )
         return float(F.logsigmoid(torch.where(y == 1, output, -output)).sum())
     variance = (output - y).square().mean()
     return float(-y.numel() / 2 * ((2 * math.pi * variance).log() + 1))
@@ -157,12 +169,16 @@ def log_likelihood(output: Tensor, y: Tensor, *, noise: Noise) -> float:
 def _categorical(output: Tensor, y: Tensor) -> float:
     if output.dim() != 2 or y.shape != output.shape[:1]:
         raise MeasureError(
-            "categorical noise needs logits (n, K) and class indices (n,); "
-            f"got {tuple(output.shape)} and {tuple(y.shape)}"
+            f"categorical noise needs logits (n, K) and class indices (n,); got {tuple(output.shape)} and "
+            f"{tuple(y.shape)}: write y.argmax(1) for one-hot rows, and for places "
+            "output.movedim(1, -1).flatten(0, -2) and y.flatten()"
         )
     if y.is_floating_point() or not ((y >= 0) & (y < output.shape[1])).all():
-        raise MeasureError(f"targets of categorical noise must be whole numbers from 0 to {output.shape[1] - 1}")
+        raise MeasureError(
+            f"targets of categorical noise must be whole numbers from 0 to {output.shape[1] - 1}; got {y.dtype} from "
+            f"{y.min():g} to {y.max():g}: write y.long(), or a model with an output for each class"
+        )
     log = output.log_softmax(1)
     if log.isnan().any():
-        raise MeasureError("outputs must be numbers; some are NaN or infinite")
+        raise MeasureError("outputs must be numbers or -inf; some are NaN or infinite: mend the model or its input")
     return float(log.gather(1, y.long()[:, None]).sum())

@@ -64,6 +64,8 @@ def floating(values: Any) -> Tensor:
     if isinstance(values, Distribution):
         raise MeasureError(f"got a {type(values).__name__}: write given='distribution'")
     made = torch.as_tensor(values)
+    if made.is_complex():
+        raise MeasureError(f"probabilities, logits and points must be real; got {made.dtype}: write torch.view_as_real")
     return made if made.is_floating_point() else made.to(torch.get_default_dtype())
 
 
@@ -104,9 +106,12 @@ def _of_probs(probs: Tensor) -> tuple[Tensor, Tensor]:
     # A row of a softmax in half precision is off by that precision.
     allowed = max(1e-5, 8 * torch.finfo(probs.dtype).eps)
     if not ((mass >= 0).all() and (off <= allowed).all()):  # NaN fails both
-        worst = "" if off.numel() == 0 else f", off by up to {off.nan_to_num(math.inf).max().item():.3g}"
+        came = ""
+        if mass.numel():
+            came = f"; got {mass.min().item():.3g} at least, and sums off by up to {off.max().item():.3g}"
         raise MeasureError(
-            f"probabilities must not be negative and must sum to 1{worst}: is dim the right one, are these logits?"
+            f"probabilities must not be negative and must sum to 1{came}: write p / p.sum(dim, keepdim=True) for "
+            "weights, given='logits' for logits, or another dim"
         )
     return mass, _log(mass)
 

@@ -1,8 +1,8 @@
-"""Scores of predictions: classification, regression and forecasting, each with an interval.
+"""Scores of predictions: classification, regression and forecasting, each with an interval of 95 %.
 
-An interval is the 95 % percentile interval of a bootstrap over the samples (Efron 1979): how much the score moves with
-the choice of test samples, not with the training run. Samples that follow each other in time are drawn in blocks.
-What is not defined, such as the recall of a class that does not occur, is nan; draws in which it is not are left out.
+An interval is by `renorm.measures.bootstrap`: how much the score moves with the choice of test samples, not with the
+training run. What is not defined, such as the recall of a class that does not occur, is nan; draws in which it is not
+are left out.
 """
 
 from __future__ import annotations
@@ -18,30 +18,12 @@ import torch
 from torch import Tensor
 
 from renorm.errors import MeasureError
+from renorm.measures.bootstrap import Array, Score, Values, bootstrapped
 from renorm.measures.reading import read
 
 __all__ = ["Score", "Scores", "classification_scores", "forecasting_scores", "regression_scores"]
 
-Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
-# Names to values, of all samples ("") and of each class or series.
-Values = dict[tuple[str, str], float]
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score and its interval."""
-
-    value: float  # nan where it is not defined
-    low: float = math.nan  # lower end of the interval; nan without one
-    high: float = math.nan  # upper end; nan without one
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.value:.4g}"
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 @dataclass(frozen=True)
@@ -82,7 +64,7 @@ def classification_scores(
 
     Args:
         target: (n,), class indices.
-        output: predicted class indices (n,), or probabilities or logits: (n, K), or (n,) of class 1 of two.
+        output: predicted class indices (n,), or probabilities or logits: (n, K), or of class 1 of two: (n,) or (n, 1).
         given: what `output` is.
         classes: their names, in order; their indices where there are none.
         num_bins: of equal width, for the calibration error.
@@ -116,13 +98,13 @@ def classification_scores(
     names = [str(name) for name in (classes if classes is not None else range(num_classes))]
     if len(set(names)) != num_classes or int(truth.max()) >= num_classes:
         raise MeasureError(
-            f"there must be a name for each class and a class for each label; got {len(set(names))} names, "
-            f"{num_classes} classes and labels up to {int(truth.max())}"
+            "there must be a name of its own for each class and a class for each label; got "
+            f"{len(set(names))} different names, {num_classes} classes and labels up to {int(truth.max())}"
         )
     if num_bins < 1:
         raise MeasureError(f"num_bins must be at least 1; got {num_bins}")
     measure = _classification(truth, predicted, log, names, num_bins)
-    return _scores("classification", len(truth), _bootstrapped(measure, len(truth), num_resamples, block, seed))
+    return _scores("classification", len(truth), bootstrapped(measure, len(truth), num_resamples, block, seed))
 
 
 def regression_scores(
@@ -155,7 +137,7 @@ def regression_scores(
     (100.0, 1.0, -79.0)
     """
     y, p = _numbers(target, prediction)
-    values = _bootstrapped(_regression(y, p), len(y), num_resamples, block, seed)
+    values = bootstrapped(_regression(y, p), len(y), num_resamples, block, seed)
     return _scores("regression", len(y), values)
 
 
@@ -207,7 +189,7 @@ def forecasting_scores(
         scale = _naive_error(history, name.item() if isinstance(name, np.generic) else name, season)
         rows = ids == name
         measure = _forecast(y[rows], p[rows], scale)
-        found = _bootstrapped(measure, int(rows.sum()), num_resamples, block, seed)
+        found = bootstrapped(measure, int(rows.sum()), num_resamples, block, seed)
         parts[str(name)] = {key: score for (_, key), score in found.items()}
     first = next(iter(parts.values()))
     if len(parts) == 1:
@@ -220,7 +202,7 @@ def forecasting_scores(
         means = _ratio((np.where(known, table, 0) * weights).sum(0), weights.sum(0))
         return {("", key): float(value) for key, value in zip(first, means, strict=True)}
 
-    overall = _bootstrapped(average, len(parts), num_resamples, 1, seed)
+    overall = bootstrapped(average, len(parts), num_resamples, 1, seed)
     return Scores("forecasting", len(y), {key: score for (_, key), score in overall.items()}, parts)
 
 
@@ -344,38 +326,6 @@ def _ratio(over: Array, under: Array) -> Array:
     return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
 
 
-def _bootstrapped(
-    measure: Callable[[Array], Values], num: int, num_resamples: int, block: int, seed: int
-) -> dict[tuple[str, str], Score]:
-    """What `measure` gives for all samples, and the interval of what it gives for draws of them.
-
-    It is told how often each sample was drawn. Blocks may begin anywhere and go on at the first sample behind the last
-    one (Politis & Romano 1992), so that all samples are drawn equally often.
-    """
-    if num_resamples < 0 or not 1 <= block <= num:
-        raise MeasureError(
-            f"num_resamples must not be negative and block must be from 1 to the {num} samples there are; "
-            f"got {num_resamples} and {block}"
-        )
-    values = measure(np.ones(num))
-    if num_resamples == 0 or num == 1:
-        return {key: Score(value) for key, value in values.items()}
-    generator = np.random.default_rng(seed)
-    draws = np.empty((num_resamples, len(values)))
-    for row in draws:
-        starts = generator.integers(num, size=math.ceil(num / block))
-        drawn = ((starts[:, None] + np.arange(block)) % num).ravel()[:num]
-        row[:] = list(measure(np.bincount(drawn, minlength=num).astype(np.float64)).values())
-    found = {}
-    for (key, value), column in zip(values.items(), draws.T, strict=True):
-        known = column[~np.isnan(column)]
-        tail = (1 - CONFIDENCE) / 2
-        # An observed value, since between finite and infinite ones there is none.
-        ends = np.quantile(known, [tail, 1 - tail], method="closest_observation") if len(known) else [np.nan] * 2
-        found[key] = Score(value, float(ends[0]), float(ends[1]))
-    return found
-
-
 def _scores(task: Literal["classification", "regression"], num: int, found: dict[tuple[str, str], Score]) -> Scores:
     parts: dict[str, dict[str, Score]] = {}
     for (part, name), score in found.items():
@@ -391,10 +341,13 @@ def _numpy(values: Any) -> npt.NDArray[Any]:
 
 
 def _array(name: str, values: Any) -> Array:
-    array = _numpy(values).astype(np.float64)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise MeasureError(f"{name} must be finite numbers, one at least; it is empty or some are NaN or infinite")
-    return array
+    array = _numpy(values)
+    if array.size == 0 or array.dtype.kind not in "iufb" or not np.isfinite(array).all():
+        raise MeasureError(
+            f"{name} must be finite real numbers, one at least; got shape {array.shape} of {array.dtype}, empty or "
+            "with NaN or inf: leave these samples out of target and prediction"
+        )
+    return array.astype(np.float64)
 
 
 def _numbers(target: Any, prediction: Any) -> tuple[Array, Array]:
@@ -411,8 +364,8 @@ def _labels(name: str, values: Any) -> Labels:
     labels = _numpy(values)
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iub" or labels.min() < 0:
         raise MeasureError(
-            f"{name} must be class indices (n,), whole numbers from 0 and one at least; "
-            f"got shape {labels.shape} of {labels.dtype}"
+            f"{name} must be class indices (n,), whole numbers from 0 and one at least; got shape {labels.shape} of "
+            f"{labels.dtype}: write .argmax(1) for one-hot rows, .long() for floats"
         )
     return labels.astype(np.intp)
 
@@ -421,10 +374,14 @@ def _log_probabilities(output: Any, given: Literal["probs", "logits"]) -> Array:
     """(n, K), in nats."""
     values = torch.as_tensor(output)
     values = values if values.is_floating_point() else values.float()
+    if values.dim() == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)  # of one class nothing is to be told: it is a column
     if values.dim() == 1:  # of class 1
         values = torch.stack([1 - values, values] if given == "probs" else [torch.zeros_like(values), values], 1)
     if values.dim() != 2:
-        raise MeasureError(f"{given} must have the shape (n, K), or (n,) for two classes; got {tuple(values.shape)}")
+        raise MeasureError(
+            f"{given} must have the shape (n, K), or (n,) or (n, 1) for two classes; got {tuple(values.shape)}"
+        )
     ((_, log),), _ = read([values], (given,), -1)
     result: Array = log.detach().cpu().double().numpy()
     return result
