@@ -127,12 +127,28 @@ def test_the_output_needs_no_gradient_and_modes_come_back_after_an_error() -> No
     assert model[0].training
 
 
+def test_an_lstm_of_one_layer_drops_nothing() -> None:
+    """Torch warns of it when it is built; with its share looked at alone, the interval would have no width."""
+    with pytest.warns(UserWarning, match="num_layers"):
+        lstm = nn.LSTM(3, 4, dropout=0.5)
+    with pytest.raises(StudyError, match="no dropout to keep on"):
+        mc_dropout(lstm, torch.ones(1, 3))
+
+
+class Classes(nn.Module):
+    """The index of the largest entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(-1)
+
+
 @pytest.mark.parametrize(
     ("model", "samples", "message"),
     [
         (nn.Linear(3, 4), 30, "no dropout to keep on: .*write torch.nn.Dropout"),
         (nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0)), 30, "no dropout to keep on"),
         (Recurrent(), 30, "no dropout to keep on"),
+        (nn.Sequential(nn.Dropout(0.5), Classes()), 2, "got torch.int64: write a model that gives what goes into"),
         (nn.Dropout(0.5), 1, "at least 2 samples; got 1"),
         (nn.MultiheadAttention(3, 1, dropout=0.1), 2, "must give a tensor; got tuple"),
     ],

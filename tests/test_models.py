@@ -144,14 +144,20 @@ def test_the_tokens_of_a_transformer(shape: tuple[int, ...], count: int) -> None
         ("cnn", (5,), r"takes sequences.*samples have the shape \(5,\); choose one of mlp, lstm, tcn, transformer"),
         ("resnet", (3, 9), "takes images.*choose one of mlp, cnn, lstm, tcn, transformer"),
         ("transformer", (1, 2, 3, 4), "choose one of mlp, cnn"),
-        ("mlp", (), "choose one of your own models"),
-        ("mlp", (0,), r"shape \(0,\)"),
+        ("mlp", (), r"samples of up to 8 axes; this data's .* choose one of your own models"),
+        ("mlp", (0,), r"a sample must have one entry or more; got samples of the shape \(0,\)"),
         ("resnt", (1, 8, 8), "model must be one of mlp, cnn.*did you mean 'resnet'"),
     ],
 )
 def test_models_that_cannot_be_built(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         models.build(name, shape, 2, norm="batch")
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_model_gives_something(number: int) -> None:
+    with pytest.raises(StudyError, match=f"gives one number or more; got num_outputs={number}: write 1"):
+        models.build("mlp", (3,), number, norm="batch")
 
 
 def test_an_unknown_norm_or_activation_is_refused() -> None:

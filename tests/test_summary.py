@@ -188,6 +188,8 @@ class Two(nn.Module):
     [
         (x2, torch.zeros(2, 2), torch.zeros(2)),
         ((x2, torch.zeros(2, 2)), None),
+        (x2, torch.zeros(2, 2)),  # no target: two inputs are needed
+        [x2, torch.zeros(2, 2)],
         [[x2, torch.zeros(2, 2)], torch.zeros(2)],
         {"x": x2, "z": torch.zeros(2, 2)},
         ({"x": x2, "z": torch.zeros(2, 2)}, torch.zeros(2)),

@@ -37,17 +37,18 @@ def mc_dropout(model: nn.Module, x: Tensor, samples: int = 30) -> MCDropout:
     model is of its function, and not the noise of the data; with few samples it is too narrow (of 30 the ends are
     near the extremes). In float16 and bfloat16 mean and quantiles are float32.
 
-    Dropout is kept on in torch's dropout layers and in layers that have a `dropout` share of their own (LSTM,
-    attention); norms use their running statistics, and modes are put back. Random numbers are torch's global ones.
+    Dropout is kept on in torch's dropout layers and in layers that have a `dropout` share of their own (attention, an
+    LSTM of several layers: torch's drops between them only); norms use their running statistics, and modes are put
+    back. Random numbers are torch's global ones.
 
     Args:
-        model: gives a tensor for `x`.
+        model: gives a tensor for `x`, floating: logits, probabilities, numbers.
         x: its input.
         samples: how many runs, T.
 
     Raises:
         StudyError: the model has no such layer (dropout as a function in a module of your own is not seen), or
-            `samples` is below 2, or the output is no tensor.
+            `samples` is below 2, or the output is no floating tensor.
 
     Source: Y. Gal, Z. Ghahramani: Dropout as a Bayesian approximation, 2016 (arXiv:1506.02142).
 
@@ -64,6 +65,11 @@ def mc_dropout(model: nn.Module, x: Tensor, samples: int = 30) -> MCDropout:
     if not isinstance(runs[0], Tensor):
         raise StudyError(
             f"the model must give a tensor; got {type(runs[0]).__name__}: wrap it in one that picks it out"
+        )
+    if not runs[0].is_floating_point():
+        raise StudyError(
+            f"the mean is of logits, probabilities or numbers; got {runs[0].dtype}: write a model that gives what goes "
+            "into argmax"
         )
     drawn = torch.stack(runs)
     drawn = drawn if drawn.dtype == torch.float64 else drawn.float()
@@ -99,5 +105,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 
 
 def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+        return False
     share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
     return isinstance(share, (int, float)) and share > 0

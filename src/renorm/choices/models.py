@@ -6,11 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from renorm.choices import activations
+from renorm.choices.blocks import (
+    KERNEL,
+    BasicBlock,
+    Behind,
+    CausalBlock,
+    ChannelsFirst,
+    Embedding,
+    EncoderBlock,
+    GlobalMean,
+    LastStep,
+    Recurrent,
+    TokenMean,
+    Tokens,
+)
 from renorm.choices.registry import look_up
 from renorm.errors import StudyError
 from renorm.norms import named
@@ -19,7 +30,6 @@ __all__ = ["NAMES", "build", "forecaster"]
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_KERNEL = 3  # steps that a causal convolution sees
 _KINDS = {1: "vectors", 2: "sequences (channels, length)", 3: "images (channels, height, width)"}
 
 
@@ -59,14 +69,17 @@ def build(
         dropout: the share of entries that are set to 0 in training, below 1.
 
     Raises:
-        StudyError: no model or activation is called that, the model cannot take `input_shape`, or `dropout` is not in
-            [0, 1).
+        StudyError: no model or activation is called that, the model cannot take `input_shape`, `num_outputs` is below
+            1, or `dropout` is not in [0, 1).
         UnknownNormError: no norm is called that.
 
+    >>> import torch
     >>> model = build("mlp", (1, 8, 8), 10, norm="batch")
     >>> model(torch.zeros(4, 1, 8, 8)).shape
     torch.Size([4, 10])
     """
+    if num_outputs < 1:
+        raise StudyError(f"a model gives one number or more; got num_outputs={num_outputs!r}: write 1 for a regression")
     body = _body(name, input_shape, norm, activation, dropout)
     return nn.Sequential(*body.layers, *body.pool, nn.Linear(body.width, num_outputs))
 
@@ -98,6 +111,7 @@ def forecaster(
     Raises:
         StudyError: as :func:`build` does, or `input_shape` is not (C, L), or `horizon` or `num_targets` is below 1.
 
+    >>> import torch
     >>> model = forecaster("tcn", (4, 24), horizon=6, norm="layer")
     >>> model(torch.zeros(2, 4, 24)).shape
     torch.Size([2, 1, 6])
@@ -105,7 +119,7 @@ def forecaster(
     if len(input_shape) != 2:
         raise StudyError(f"a forecast is made from samples of the shape (channels, steps); got {tuple(input_shape)}")
     if horizon < 1 or num_targets < 1:
-        raise StudyError(f"horizon and num_targets must be at least 1; got {horizon} and {num_targets}")
+        raise StudyError(f"horizon and num_targets must be at least 1; got {horizon!r} and {num_targets!r}")
     body = _body(name, input_shape, norm, activation, dropout)
     return nn.Sequential(
         *body.layers,
@@ -129,41 +143,29 @@ class _Body:
 def _body(name: str, input_shape: Sequence[int], norm: str, activation: str, dropout: float) -> _Body:
     maker, ranks = look_up(_MODELS, name, "model")
     shape = tuple(input_shape)
-    if len(shape) not in ranks or min(shape) < 1:
+    if shape and min(shape) < 1:
+        raise StudyError(f"a sample must have one entry or more; got samples of the shape {shape}")
+    if len(shape) not in ranks:
         raise StudyError(
             f"model {name!r} takes {_describe(ranks)}; this data's samples have the shape {shape}; "
             f"choose one of {', '.join(_fitting(len(shape))) or 'your own models'}"
         )
     if not 0 <= dropout < 1:
         raise StudyError(f"dropout must be a share from 0 on and below 1; got {dropout!r}")
-    return maker(shape, norm, _Behind(activation, dropout))
+    return maker(shape, norm, Behind(activation, dropout))
 
 
 def _describe(ranks: range) -> str:
-    return " or ".join(_KINDS.get(rank, f"{rank} axes") for rank in ranks)
+    kinds = [_KINDS[rank] for rank in ranks if rank in _KINDS]
+    more = [f"samples of up to {ranks[-1]} axes"] if ranks[-1] not in _KINDS else []
+    return " or ".join([*kinds, *more])
 
 
 def _fitting(rank: int) -> list[str]:
     return [name for name, (_, ranks) in _MODELS.items() if rank in ranks]
 
 
-@dataclass(frozen=True)
-class _Behind:
-    """What stands behind a norm: the activation, and dropout where there is any."""
-
-    activation: str
-    p: float  # of dropout
-
-    def layer(self) -> nn.Module:
-        """The activation."""
-        return activations.build(self.activation)
-
-    def dropout(self) -> list[nn.Module]:
-        """A layer, or none."""
-        return [nn.Dropout(self.p)] if self.p else []
-
-
-def _mlp(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
+def _mlp(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(shape)
     for _ in range(3):
@@ -172,7 +174,7 @@ def _mlp(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
     return _Body(layers, width, [], [], width)
 
 
-def _cnn(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
+def _cnn(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
     conv, pool = _CONV[len(shape) - 1], _MAX_POOL[len(shape) - 1]
     layers: list[nn.Module] = []
     width, places = shape[0], list(shape[1:])
@@ -183,10 +185,10 @@ def _cnn(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
             layers.append(pool(2, ceil_mode=True))
             places = [-(-size // 2) for size in places]
         width = channels
-    return _Body(layers, width, [_GlobalMean()], [nn.Flatten()], width * math.prod(places))
+    return _Body(layers, width, [GlobalMean()], [nn.Flatten()], width * math.prod(places))
 
 
-def _resnet(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
+def _resnet(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
     width = 32
     layers: list[nn.Module] = [
         nn.Conv2d(shape[0], width, 3, padding=1),
@@ -195,43 +197,43 @@ def _resnet(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
         *behind.dropout(),
     ]
     for channels in (32, 64, 128):
-        layers += [_BasicBlock(width, channels, norm, behind), _BasicBlock(channels, channels, norm, behind)]
+        layers += [BasicBlock(width, channels, norm, behind), BasicBlock(channels, channels, norm, behind)]
         width = channels
-    return _Body(layers, width, [_GlobalMean()], [_GlobalMean()], width)
+    return _Body(layers, width, [GlobalMean()], [GlobalMean()], width)
 
 
-def _lstm(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
-    tokens = _Tokens(shape)
+def _lstm(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
+    tokens = Tokens(shape)
     layers: list[nn.Module] = [tokens]
     width = tokens.width
     for _ in range(2):
-        layers += [_Recurrent(width, 64), named.build(norm, 64, axis=-1), *behind.dropout()]
+        layers += [Recurrent(width, 64), named.build(norm, 64, axis=-1), *behind.dropout()]
         width = 64
     # An LSTM has gates for activations; the one that is asked for stands behind the last step.
-    last = [_LastStep(1), nn.Linear(64, 64), behind.layer(), *behind.dropout()]
+    last = [LastStep(1), nn.Linear(64, 64), behind.layer(), *behind.dropout()]
     return _Body([*layers, *last], 64, [], [], 64)
 
 
-def _tcn(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
-    tokens = _Tokens(shape)
-    layers: list[nn.Module] = [tokens, _ChannelsFirst()]
+def _tcn(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
+    tokens = Tokens(shape)
+    layers: list[nn.Module] = [tokens, ChannelsFirst()]
     width, dilation, seen = tokens.width, 1, 1
     while seen < tokens.count or dilation == 1:
-        layers.append(_CausalBlock(width, 64, dilation, norm, behind))
-        seen += 2 * (_KERNEL - 1) * dilation
+        layers.append(CausalBlock(width, 64, dilation, norm, behind))
+        seen += 2 * (KERNEL - 1) * dilation
         width, dilation = 64, 2 * dilation
-    return _Body([*layers, _LastStep(2)], 64, [], [], 64)
+    return _Body([*layers, LastStep(2)], 64, [], [], 64)
 
 
-def _transformer(shape: tuple[int, ...], norm: str, behind: _Behind) -> _Body:
-    tokens = _Tokens(shape)
-    blocks = [_EncoderBlock(64, 4, norm, behind) for _ in range(2)]
-    embedding = _Embedding(tokens.count, tokens.width, 64)
+def _transformer(shape: tuple[int, ...], norm: str, behind: Behind) -> _Body:
+    tokens = Tokens(shape)
+    blocks = [EncoderBlock(64, 4, norm, behind) for _ in range(2)]
+    embedding = Embedding(tokens.count, tokens.width, 64)
     layers = [tokens, embedding, *behind.dropout(), *blocks, named.build(norm, 64, axis=-1)]
-    return _Body(layers, 64, [_TokenMean()], [nn.Flatten()], 64 * tokens.count)
+    return _Body(layers, 64, [TokenMean()], [nn.Flatten()], 64 * tokens.count)
 
 
-_Maker = Callable[[tuple[int, ...], str, _Behind], _Body]
+_Maker = Callable[[tuple[int, ...], str, Behind], _Body]
 _MODELS: dict[str, tuple[_Maker, range]] = {
     "mlp": (_mlp, range(1, 9)),
     "cnn": (_cnn, range(2, 5)),
@@ -242,148 +244,3 @@ _MODELS: dict[str, tuple[_Maker, range]] = {
 }
 
 NAMES: tuple[str, ...] = tuple(_MODELS)
-
-
-class _GlobalMean(nn.Module):
-    """(N, C, ...) -> (N, C): the mean of each channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean over all axes after the second."""
-        return x.flatten(2).mean(2)
-
-
-class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, as in a ResNet; it halves the image when it widens."""
-
-    def __init__(self, channels: int, wider: int, norm: str, behind: _Behind) -> None:
-        super().__init__()
-        stride = 1 if wider == channels else 2
-        self.conv1 = nn.Conv2d(channels, wider, 3, stride=stride, padding=1)
-        self.norm1 = named.build(norm, wider)
-        self.conv2 = nn.Conv2d(wider, wider, 3, padding=1)
-        self.norm2 = named.build(norm, wider)
-        self.activation = behind.layer()
-        self.dropout = nn.Dropout(behind.p)
-        self.shortcut: nn.Module = nn.Identity()
-        if wider != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, wider, 1, stride=2), named.build(norm, wider))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, wider, H / stride, W / stride)."""
-        y = self.dropout(self.activation(self.norm1(self.conv1(x))))
-        y = self.norm2(self.conv2(y)) + self.shortcut(x)
-        return self.dropout(self.activation(y))  # type: ignore[no-any-return]
-
-
-class _Tokens(nn.Module):
-    """A sample cut into tokens: the features of a vector, the steps of a sequence, the rows of an image."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.count = shape[0] if len(shape) == 1 else shape[1]
-        self.width = math.prod(shape) // self.count
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, F), (N, C, L) or (N, C, H, W) -> (N, tokens, width)."""
-        return x.unsqueeze(2) if x.dim() == 2 else x.transpose(1, 2).flatten(2)
-
-
-class _Embedding(nn.Module):
-    """A linear layer on each token, plus a learnt vector for its position."""
-
-    def __init__(self, num_tokens: int, width: int, embedded: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, embedded)
-        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, embedded))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, width) -> (N, tokens, embedded)."""
-        return self.linear(x) + self.position  # type: ignore[no-any-return]
-
-
-class _EncoderBlock(nn.Module):
-    """A pre-norm transformer encoder block around torch's attention.
-
-    It is not nn.TransformerEncoderLayer with other norms put in: in evaluation mode that layer's fast path
-    reads the norms' weight, bias and eps and computes a layer norm with them, whatever they are.
-    """
-
-    def __init__(self, width: int, num_heads: int, norm: str, behind: _Behind) -> None:
-        super().__init__()
-        self.norm1 = named.build(norm, width, axis=-1)
-        self.attention = nn.MultiheadAttention(width, num_heads, dropout=behind.p, batch_first=True)
-        self.norm2 = named.build(norm, width, axis=-1)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, 2 * width), behind.layer(), *behind.dropout(), nn.Linear(2 * width, width)
-        )
-        self.dropout = nn.Dropout(behind.p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, width) -> the same shape."""
-        y = self.norm1(x)
-        x = x + self.dropout(self.attention(y, y, y, need_weights=False)[0])
-        return x + self.dropout(self.feed_forward(self.norm2(x)))  # type: ignore[no-any-return]
-
-
-class _TokenMean(nn.Module):
-    """(N, tokens, width) -> (N, width)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean over the tokens."""
-        return x.mean(1)
-
-
-class _Recurrent(nn.Module):
-    """An LSTM layer without its final states."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(width, hidden, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, steps, width) -> (N, steps, hidden)."""
-        return self.lstm(x)[0]  # type: ignore[no-any-return]
-
-
-class _LastStep(nn.Module):
-    """The newest entry of the dimension `dim`."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, steps, C) or (N, C, steps) -> (N, C)."""
-        return x.select(self.dim, -1)
-
-
-class _ChannelsFirst(nn.Module):
-    """(N, steps, C) -> (N, C, steps)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The transpose."""
-        return x.transpose(1, 2)
-
-
-class _CausalBlock(nn.Module):
-    """Two dilated convolutions that see no later step, beside a shortcut (Bai et al. 2018).
-
-    A norm that averages over steps does see the later ones; of the last step, which the model reads, there are none.
-    """
-
-    def __init__(self, channels: int, wider: int, dilation: int, norm: str, behind: _Behind) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv1d(channels, wider, _KERNEL, dilation=dilation)
-        self.norm1 = named.build(norm, wider)
-        self.conv2 = nn.Conv1d(wider, wider, _KERNEL, dilation=dilation)
-        self.norm2 = named.build(norm, wider)
-        self.activation = behind.layer()
-        self.dropout = nn.Dropout(behind.p)
-        self.shortcut = nn.Identity() if wider == channels else nn.Conv1d(channels, wider, 1)
-        self.past = (_KERNEL - 1) * dilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, steps) -> (N, wider, steps)."""
-        y = self.dropout(self.activation(self.norm1(self.conv1(F.pad(x, (self.past, 0))))))
-        y = self.dropout(self.activation(self.norm2(self.conv2(F.pad(y, (self.past, 0))))))
-        return self.activation(y + self.shortcut(x))  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ def look_up(table: Mapping[str, Entry], name: str, kind: str) -> Entry:
     >>> look_up({"relu": 1, "gelu": 2}, "Relu", "activation")
     1
     """
-    key = name.strip().lower()
+    key = str(name).strip().lower()
     if key in table:
         return table[key]
     close = difflib.get_close_matches(key, table, n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -108,9 +109,10 @@ def summary(model: nn.Module, batch: Any) -> Summary:
     Args:
         model: any module.
         batch: what :func:`renorm.check` takes: inputs alone, (x, y) as a loader gives it, (x1, x2, ..., y),
-            ((x1, x2), y), or a dict of the model's arguments.
+            ((x1, x2), y), or a dict of the model's arguments. All of a tuple are inputs where the model's forward
+            needs as many.
 
-    Raises whatever the model raises on this batch.
+    Lazy layers take their sizes from the batch, and keep them. Raises whatever the model raises on this batch.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(1024, 10))
     >>> print(summary(net, torch.zeros(2, 3, 4, 4)))
@@ -176,7 +178,7 @@ def _run(model: nn.Module, batch: Any) -> dict[nn.Module, _Call]:
     # torch's encoder layer computes its parts by itself in evaluation mode, unless hooks are attached to them
     handles = [layer.register_forward_pre_hook(before) for layer in modes]
     handles += [layer.register_forward_hook(after) for layer in modes]
-    inputs = _inputs(batch)
+    inputs = _inputs(model, batch)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
@@ -192,12 +194,25 @@ def _run(model: nn.Module, batch: Any) -> dict[nn.Module, _Call]:
     return calls
 
 
-def _inputs(batch: Any) -> Any:
+def _inputs(model: nn.Module, batch: Any) -> Any:
     """The model's arguments, as check reads them from a batch: (x, y) and (x1, x2, ..., y) have a target at the end."""
     if not isinstance(batch, (list, tuple)):
         return batch if isinstance(batch, Mapping) else (batch,)
+    if all(isinstance(part, Tensor) for part in batch) and not _takes(model, len(batch) - 1):
+        return tuple(batch)
     inputs = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
     return inputs if isinstance(inputs, (list, tuple, Mapping)) else (inputs,)
+
+
+def _takes(model: nn.Module, number: int) -> bool:
+    """Whether the model can be called with so many arguments; True where its forward does not say."""
+    try:
+        inspect.signature(model.forward).bind(*[None] * number)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def _tensors(value: Any) -> list[Tensor]:
