@@ -29,6 +29,7 @@ types:
 # Build the documentation into site/; warnings are errors.
 docs:
     python docs/make_pictures.py --check
+    python docs/make_tables.py --check
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # All of the above, as CI runs them.

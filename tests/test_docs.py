@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,13 +21,24 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_picture_is_what_draw_draws() -> None:
-    spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
-    assert text("docs/pictures/norms.svg") == pictures.strip(), "run python docs/make_pictures.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_what_draw_draws() -> None:
+    assert text("docs/pictures/norms.svg") == script("make_pictures").strip(), "run python docs/make_pictures.py"
+
+
+def test_the_tables_of_choices_are_the_registries() -> None:
+    page = text("docs/choices.md")
+    assert page == script("make_tables").written(page), "run python docs/make_tables.py"
+    for name in (*activations.ACTIVATIONS, *optimizers.OPTIMIZERS):
+        assert f"`{name}`" in page
 
 
 @pytest.mark.parametrize("name", [name for name in rn.__all__ if name not in ("diagnose", "errors", "kernels")])

@@ -106,7 +106,9 @@ def forecaster(
         input_shape: (C, L): the channels, and the steps that the model sees.
         horizon: how many steps it forecasts.
         num_targets: how many series it forecasts.
-        norm, activation, dropout: as :func:`build` has them.
+        norm: as :func:`build` has it.
+        activation: likewise.
+        dropout: likewise.
 
     Raises:
         StudyError: as :func:`build` does, or `input_shape` is not (C, L), or `horizon` or `num_targets` is below 1.
