@@ -149,6 +149,18 @@ def test_hubers_delta_is_in_the_targets_units() -> None:
     assert isinstance(loss_for(torch.zeros(2000), normal).loss, nn.MSELoss)
 
 
+def test_units_of_other_scales_are_not_far_out() -> None:
+    """Among metres, kilometres look like outliers; an outlier is one among its own."""
+    target = torch.randn(500, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1000.0])
+    assert isinstance(loss_for(torch.zeros(500, 2), target).loss, nn.MSELoss)
+    target[7, 1] = 90_000
+    choice = loss_for(torch.zeros(500, 2), target)
+    assert isinstance(choice.loss, nn.HuberLoss)
+    assert choice.loss.delta == pytest.approx(1345, rel=0.1)
+    assert "one 84 robust" in choice.reason  # 90,000 by the deviation that delta is 1.345 of
+    assert choice.loss.delta * 84 / 1.345 == pytest.approx(90_000, rel=0.01)
+
+
 @pytest.mark.parametrize("size", [2, 4, 8, 32, 256])
 def test_normal_targets_of_a_small_batch_are_seldom_taken_for_far_out(size: int) -> None:
     generator = torch.Generator().manual_seed(0)

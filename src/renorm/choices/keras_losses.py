@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from renorm.choices.losses import BINARY, REAL, SOFT, SPARSE, TORCH_NAMES, wide
+from renorm.choices.losses import BINARY, REAL, SOFT, SPARSE, TORCH_NAMES
 from renorm.choices.registry import look_up
+from renorm.choices.torch_losses import wide
 from renorm.errors import LossError
 
 __all__ = ["KERAS_NAMES", "KerasCrossEntropy", "loss"]

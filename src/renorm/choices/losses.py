@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from renorm.choices.torch_losses import BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, MSELoss
 from renorm.errors import LossError
 
-__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "LossChoice", "MSELoss", "loss_for"]
+__all__ = ["LossChoice", "loss_for"]
 
 # Keras's name of each, and torch's
 TORCH_NAMES = {
@@ -29,6 +30,7 @@ _IGNORED = -100  # torch's ignore_index: a label that counts for nothing
 _LEAST_VALUES = 8  # from which on values that all lie in [0, 1] are taken for probabilities
 _FAR = 5.0  # robust standard deviations, times 1 + 32 / N since their estimate from N values may be small:
 _FEW = 32.0  # measured on normal targets, one batch in 150 of 6 or 8, in 5,000 of 256, has a value farther out
+_LEAST_FAR = 5  # values: of fewer none is called far
 _HUBER_DELTA = 1.345  # standard deviations: 95% of the mean's efficiency if the noise is normal
 
 
@@ -39,44 +41,6 @@ class LossChoice:
     loss: nn.Module  # torch's, to be called with (output, target)
     reason: str  # what of the output and the target decided it
     keras: str  # what Keras calls it
-
-
-def wide(values: Tensor) -> Tensor:
-    """At least float32: a target of 40,001 is 40,000 in float16, and the square of 300 is infinite."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """Torch's, for labels of any whole dtype (torch takes int64 and uint8) and soft targets of any dtype."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The mean over the labels, in nats."""
-        logits, soft = wide(input), input.shape == target.shape
-        return super().forward(logits, target.to(logits.dtype) if soft else target.long()).to(input.dtype)
-
-
-class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """Torch's, for targets of any dtype: torch refuses whole numbers."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The mean over the units, in nats."""
-        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
-
-
-class MSELoss(nn.MSELoss):
-    """Torch's, for targets of any dtype: torch's own gives float64 beside a float64 target."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The mean of the squares, in the target's units squared."""
-        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
-
-
-class HuberLoss(nn.HuberLoss):
-    """Torch's, for targets of any dtype."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The mean, in the target's units squared."""
-        return super().forward(wide(input), target.to(wide(input).dtype)).to(input.dtype)
 
 
 def loss_for(output: Tensor, target: Tensor) -> LossChoice:
@@ -95,8 +59,9 @@ def loss_for(output: Tensor, target: Tensor) -> LossChoice:
     -\frac1N \sum_n \left[ t_n \ln \sigma(z_n) + (1 - t_n) \ln(1 - \sigma(z_n)) \right]$$
     Both are minus the mean log-likelihood of the targets, so the minimum is the maximum of the likelihood; the squared
     error is that of normal noise. Huber's loss is chosen where one of N numbers lies more than 5 (1 + 32 / N) robust
-    standard deviations (1.4826 times the median distance from the median) from the median; its delta is 1.345 of them,
-    in the target's units (P. J. Huber, 1964; the constant gives 95% efficiency for normal noise).
+    standard deviations (1.4826 times the median distance from the median) from the median, both of all numbers and of
+    those of its unit; its delta is 1.345 of the unit's, in the target's units (P. J. Huber, 1964; the constant gives
+    95% efficiency for normal noise).
 
     Args:
         output: what the model returns: logits, of any floating dtype.
@@ -197,15 +162,13 @@ def _whole_numbers(output: Tensor, target: Tensor) -> LossError:
 
 
 def _real(target: Tensor) -> LossChoice:
-    values = target.double().flatten()
-    middle = values.median()
-    spread = 1.4826 * float((values - middle).abs().median())
+    values = target.double()
     low, high = float(values.min()), float(values.max())
     also = "; if they are probabilities, take torch.nn.BCEWithLogitsLoss()" if low >= 0 and high <= 1 else ""
     if low < high and bool(((values == low) | (values == high)).all()):
         also = f"; if they are a yes or no, write (target == {high:g}).float() for torch.nn.BCEWithLogitsLoss()"
-    farthest = float((values - middle).abs().max()) / spread if spread else 0.0
-    if len(values) > 4 and farthest > _FAR * (1 + _FEW / len(values)):
+    farthest, spread = _far_out(values)
+    if farthest:
         delta = float(f"{_HUBER_DELTA * spread:.4g}")
         return LossChoice(
             HuberLoss(delta=delta),
@@ -223,6 +186,29 @@ def _real(target: Tensor) -> LossChoice:
         f"real numbers from {low:.4g} to {high:.4g}, {far}: normal noise{also}",
         "mean_squared_error",
     )
+
+
+def _far_out(values: Tensor) -> tuple[float, float]:
+    """How many robust standard deviations the farthest value is out, 0 where that is not far, and the deviation.
+
+    It must be far among all and among those of its unit: units of other scales make heavy tails of normal ones.
+    """
+    far, spread = _farthest(values.reshape(1, -1))
+    units = values.transpose(0, 1).flatten(1) if values.dim() > 1 else values[None]
+    if far and units.shape[1] >= _LEAST_FAR:
+        far, spread = _farthest(units)
+    return far, spread
+
+
+def _farthest(rows: Tensor) -> tuple[float, float]:
+    """The same of the row in which it is the most."""
+    apart = (rows - rows.median(1, keepdim=True).values).abs()
+    spread = 1.4826 * apart.median(1).values
+    farthest = torch.where(spread > 0, apart.amax(1) / spread, 0)
+    row, number = int(farthest.argmax()), rows.shape[1]
+    most = float(farthest[row])
+    far = number >= _LEAST_FAR and most > _FAR * (1 + _FEW / number)
+    return (most if far else 0.0), float(spread[row])
 
 
 def _class_indices(output: Tensor, target: Tensor) -> LossChoice:
