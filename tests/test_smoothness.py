@@ -142,6 +142,16 @@ def test_a_frozen_and_an_unused_parameter():
     assert found.beta == pytest.approx(12)
 
 
+def test_a_sparse_gradient():
+    loss = {}
+    for sparse in (False, True):
+        model = nn.Embedding(5, 2, sparse=sparse)
+        nn.init.constant_(model.weight, 2.0)
+        loss[sparse] = smoothness(model, lambda model=model: (model(torch.tensor([1, 3])) ** 4).sum(), lr=1e-3)
+    assert loss[True] == loss[False]
+    assert loss[True].gradient_norm == pytest.approx(2 * 4 * 2**3)  # four entries with 4 x^3 each
+
+
 def test_half_precision():
     model, x = nn.Linear(2000, 4, bias=False).bfloat16(), torch.randn(8, 2000).bfloat16() * 100
     found = smoothness(model, lambda: model(x).float().square().mean(), lr=1e-7)

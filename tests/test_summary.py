@@ -34,7 +34,7 @@ x2, x3 = torch.zeros(2, 6), torch.zeros(2, 5, 6)
 LAYERS: dict[str, tuple[nn.Module, Tensor, str]] = {
     "linear": (nn.Linear(6, 4), x2, "4 * (6 + 1)"),
     "linear without bias": (nn.Linear(6, 4, bias=False), x2, "4 * 6"),
-    "conv, as in the brief": (nn.Conv2d(3, 64, 3), torch.zeros(1, 3, 5, 5), "64 * (3*3*3 + 1)"),
+    "conv 2-D": (nn.Conv2d(3, 64, 3), torch.zeros(1, 3, 5, 5), "64 * (3*3*3 + 1)"),
     "conv 1-D": (nn.Conv1d(5, 8, 3), x3, "8 * (5*3 + 1)"),
     "conv 3-D": (nn.Conv3d(2, 4, (1, 2, 3)), torch.zeros(1, 2, 4, 4, 4), "4 * (2*1*2*3 + 1)"),
     "conv in groups": (nn.Conv2d(6, 12, 3, groups=3), torch.zeros(1, 6, 5, 5), "12 * (2*3*3 + 1)"),
@@ -80,6 +80,11 @@ def test_an_lstm_with_a_projection() -> None:
     with pytest.warns(UserWarning, match="projections"):  # torch's, of what runs it
         (row,) = check(layer, x3).rows
     assert row.arithmetic == "4 * (8*6 + 8*3 + 2*8) + 3*8 + 4 * (8*3 + 8*3 + 2*8) + 3*8"
+
+
+def test_equal_sizes_are_counted() -> None:
+    (row,) = check(rn.SwitchNorm1d(6), torch.zeros(2, 6, 4)).rows
+    assert row.arithmetic == "2 * 6 + 2 * 3"  # weight, bias; weights of three partitions for mean and variance
 
 
 def test_a_bilinear_layer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -246,10 +247,8 @@ def _spelt(layer: nn.Module, parameters: list[Tensor]) -> str:
     formula = _formula(layer)
     if formula and formula[1] == number:
         return formula[0]
-    sizes = ["*".join(map(str, value.shape)) or "1" for value in parameters]
-    if len(sizes) == 2 and sizes[0] == sizes[1]:
-        return f"2 * {sizes[0]}"
-    return " + ".join(sizes)
+    sizes = Counter("*".join(map(str, value.shape)) or "1" for value in parameters)
+    return " + ".join(f"{times} * {size}" if times > 1 else size for size, times in sizes.items())
 
 
 def _formula(layer: nn.Module) -> tuple[str, int] | None:

@@ -55,7 +55,10 @@ def read(given: Sequence[Any], kinds: tuple[Kind, ...], dim: int) -> tuple[list[
         for values, kind in zip(tensors, kinds, strict=True)
     ]
     if len({mass.shape[-1] for mass, _ in found}) > 1:
-        raise MeasureError(f"p and q must have equally many outcomes; got {[mass.shape[-1] for mass, _ in found]}")
+        raise MeasureError(
+            f"p and q must have equally many outcomes; got {[mass.shape[-1] for mass, _ in found]}: write a probability "
+            "of 0 (a logit of -inf) for what one of them cannot give"
+        )
     return found, _common(tensors)
 
 
@@ -148,4 +151,4 @@ def check_samples(values: Tensor) -> None:
     if values.dim() not in (1, 2) or values.numel() == 0:
         raise MeasureError(f"samples must have the shape (n,) or (n, d) and not be empty; got {tuple(values.shape)}")
     if values.is_floating_point() and not values.isfinite().all():
-        raise MeasureError("samples and points must be finite; some are NaN or infinite")
+        raise MeasureError("samples and points must be finite; some are NaN or infinite: leave these out")

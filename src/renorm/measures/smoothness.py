@@ -101,7 +101,7 @@ def smoothness(
             there, changed = _gradient(loss, parameters)
             losses.append(there)
             changes.append(_norm([new - old for new, old in zip(changed, gradient, strict=True)]))
-    steps = tuple(lr * multiple for multiple in multiples)
+    steps = tuple(float(lr * multiple) for multiple in multiples)
     return Smoothness(here, _norm(gradient), steps, tuple(losses), tuple(changes))
 
 
@@ -111,8 +111,8 @@ def _gradient(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tup
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise MeasureError(f"loss() must return one number that depends on the model's parameters; got {came}")
     gradients = torch.autograd.grad(value.reshape(()), parameters, allow_unused=True)
-    # One the loss does not depend on has gradient 0.
-    found = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    # One the loss does not depend on has gradient 0; that of an embedding may be sparse.
+    found = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(gradients, parameters, strict=True)]
     return value.item(), found
 
 
