@@ -84,7 +84,7 @@ def test_an_lstm_with_a_projection() -> None:
 
 def test_equal_sizes_are_counted() -> None:
     (row,) = check(rn.SwitchNorm1d(6), torch.zeros(2, 6, 4)).rows
-    assert row.arithmetic == "2 * 6 + 2 * 3"  # weight, bias; weights of three partitions for mean and variance
+    assert row.arithmetic == "2 * 6 + 2 * 2"  # weight, bias; weights of two partitions for mean and variance
 
 
 def test_a_bilinear_layer() -> None:

@@ -56,8 +56,8 @@ def read(given: Sequence[Any], kinds: tuple[Kind, ...], dim: int) -> tuple[list[
     ]
     if len({mass.shape[-1] for mass, _ in found}) > 1:
         raise MeasureError(
-            f"p and q must have equally many outcomes; got {[mass.shape[-1] for mass, _ in found]}: write a probability "
-            "of 0 (a logit of -inf) for what one of them cannot give"
+            f"p and q must have equally many outcomes; got {[mass.shape[-1] for mass, _ in found]}: write a "
+            "probability of 0 (a logit of -inf) for what one of them cannot give"
         )
     return found, _common(tensors)
 
