@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from renorm.choices.activations import ACTIVATIONS, Activation
+from renorm.choices.objectives import OBJECTIVES
 from renorm.choices.optimizers import OPTIMIZERS, Optimizer
 
 PAGE = Path(__file__).parent / "choices.md"
@@ -14,11 +15,19 @@ PAGE = Path(__file__).parent / "choices.md"
 
 def written(page: str) -> str:
     """The page with its tables as they should be, each between its two marks."""
-    for name, lines in (("activations", activations()), ("optimizers", optimizers())):
+    for name, lines in (("objectives", objectives()), ("activations", activations()), ("optimizers", optimizers())):
         begin, end = f"<!-- {name} begin -->\n", f"<!-- {name} end -->"
         before, after = page[: page.index(begin) + len(begin)], page[page.index(end) :]
         page = before + "\n" + "\n".join(lines) + "\n\n" + after
     return page
+
+
+def objectives() -> list[str]:
+    """A row for each loss that a comparison trains with."""
+    rows = ["| task | name | of one sample |", "|---|---|---|"]
+    for task, losses in OBJECTIVES.items():
+        rows += [f"| {task} | `{name}` | {_formula(loss.formula)} |" for name, loss in losses.items()]
+    return rows
 
 
 def activations() -> list[str]:
