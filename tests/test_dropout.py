@@ -131,8 +131,11 @@ def test_an_lstm_of_one_layer_drops_nothing() -> None:
     """Torch warns of it when it is built; with its share looked at alone, the interval would have no width."""
     with pytest.warns(UserWarning, match="num_layers"):
         lstm = nn.LSTM(3, 4, dropout=0.5)
-    with pytest.raises(StudyError, match="no dropout to keep on"):
-        mc_dropout(lstm, torch.ones(1, 3))
+    with pytest.warns(UserWarning, match="num_layers"):
+        ours = rn.LayerNormLSTM(3, 4, dropout=0.5)
+    for model in (lstm, ours):
+        with pytest.raises(StudyError, match="no dropout to keep on"):
+            mc_dropout(model, torch.ones(1, 1, 3))
 
 
 class Classes(nn.Module):

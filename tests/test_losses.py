@@ -132,8 +132,8 @@ def test_reasons_name_what_decided() -> None:
     assert "BCEWithLogitsLoss" in loss_for(logits(9, 3), one_hot(LABELS, 3)).reason  # the other reading
     assert "yes or no each for itself" in loss_for(logits(4, 3), MANY).reason
     assert "normal noise" in loss_for(logits(9), torch.linspace(-2, 3, 9)).reason
-    assert "(target == 1).float() for torch.nn.BCE" in loss_for(logits(9), 2.0 * YES - 1).reason
-    assert "half of them or more equal" in loss_for(logits(9), torch.tensor([3.0] * 8 + [90.0])).reason
+    assert "(target == target.max()).float() for torch.nn.BCE" in loss_for(logits(9), 2.0 * YES - 1).reason
+    assert "half of them equal" in loss_for(logits(9), torch.tensor([3.0] * 8 + [90.0])).reason
     assert "the last one would fit" in loss_for(logits(2, 5, 5), torch.randint(5, (2, 5))).reason
     assert "the last one would fit" not in loss_for(logits(2, 5, 4), torch.randint(5, (2, 4))).reason
     assert "if they are probabilities" in loss_for(logits(9), torch.linspace(0, 1, 9)).reason

@@ -105,7 +105,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 
 
 def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+    if getattr(module, "num_layers", 2) == 1:  # a recurrent net, which drops between layers only
         return False
     share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
     return isinstance(share, (int, float)) and share > 0

@@ -166,7 +166,7 @@ def _real(target: Tensor) -> LossChoice:
     low, high = float(values.min()), float(values.max())
     also = "; if they are probabilities, take torch.nn.BCEWithLogitsLoss()" if low >= 0 and high <= 1 else ""
     if low < high and bool(((values == low) | (values == high)).all()):
-        also = f"; if they are a yes or no, write (target == {high:g}).float() for torch.nn.BCEWithLogitsLoss()"
+        also = "; if they are a yes or no, write (target == target.max()).float() for torch.nn.BCEWithLogitsLoss()"
     farthest, spread = _far_out(values)
     if farthest:
         delta = float(f"{_HUBER_DELTA * spread:.4g}")
@@ -176,11 +176,7 @@ def _real(target: Tensor) -> LossChoice:
             f"the others; delta is 1.345 of these deviations{also}",
             f"Huber(delta={delta:g})",
         )
-    far = (
-        "none far from the others"
-        if spread or low == high
-        else "half of them or more equal, so that none is called far"
-    )
+    far = "none far from the others" if spread or low == high else "half of them equal, so that none is called far"
     return LossChoice(
         MSELoss(),
         f"real numbers from {low:.4g} to {high:.4g}, {far}: normal noise{also}",
