@@ -47,6 +47,8 @@ FITS = {
     "one unit, one sample": ((1, 1), torch.ones(1, 1), nn.BCEWithLogitsLoss, BINARY),
     "a mask": ((2, 1, 3, 3), torch.ones(2, 1, 3, 3), nn.BCEWithLogitsLoss, BINARY),
     "classes": ((9, 3), LABELS, nn.CrossEntropyLoss, SPARSE),
+    "classes, uint16": ((9, 3), LABELS.to(torch.uint16), nn.CrossEntropyLoss, SPARSE),
+    "one unit, uint32": ((9,), YES.to(torch.uint32), nn.BCEWithLogitsLoss, BINARY),
     "classes, int32": ((9, 3), LABELS.int(), nn.CrossEntropyLoss, SPARSE),
     "two classes": ((9, 2), YES, nn.CrossEntropyLoss, SPARSE),
     "two classes, bool": ((9, 2), YES.bool(), nn.CrossEntropyLoss, SPARSE),
@@ -305,6 +307,7 @@ def test_the_choice_and_the_name_it_gives_agree() -> None:
         (BINARY, logits(9, 1), YES, "the output's shape.*mean_squared_error"),
         (SPARSE, logits(9, 3), LABELS + 1, "labels 0 to 2; got 1 to 3"),
         (SPARSE, logits(9, 3), LABELS / 2, "labels 0 to 2; got 0 to 1: write whole numbers"),
+        (BINARY, YES, YES, "must be floating; got torch.int64, as argmax gives"),
         (BINARY, logits(9), 2 * YES, r"must be from 0 to 1; got 0 to 2: write \(target > 0\)"),
     ],
 )

@@ -46,9 +46,14 @@ class KerasCrossEntropy(nn.Module):
         torch.compile and torch.func.
 
         Raises:
-            LossError: shapes that do not fit, a single class, labels that are no classes, outputs that are no
-                probabilities, and a yes or no that is not in [0, 1].
+            LossError: outputs that are not floating, shapes that do not fit, a single class, labels that are no
+                classes, outputs that are no probabilities, and a yes or no that is not in [0, 1].
         """
+        if not output.is_floating_point():
+            raise LossError(
+                f"the output of {self.name} must be floating; got {output.dtype}, as argmax gives: write the loss of "
+                "what goes into it"
+            )
         return self._loss(wide(output), target).to(output.dtype)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -68,7 +73,8 @@ class KerasCrossEntropy(nn.Module):
             target = target.squeeze(-1)  # as Keras does: labels are often a column
         self._check(target.shape == output.shape[:-1], output, target, "the output's shape without the classes")
         labels, classes = target.long(), output.shape[-1]
-        if _any((labels != target) | (labels < 0) | (labels >= classes)):
+        part = target.frac() != 0 if target.is_floating_point() else False
+        if _any((labels < 0) | (labels >= classes) | part):
             raise LossError(
                 f"{classes} classes have the labels 0 to {classes - 1}; got {_span(target)}: write whole numbers in "
                 f"that range, or a model with more outputs, for {SPARSE}"
@@ -118,6 +124,7 @@ def _any(wrong: Tensor) -> bool:
 
 
 def _span(values: Tensor) -> str:
+    values = values.double()
     return f"{float(values.min()):g} to {float(values.max()):g}"
 
 

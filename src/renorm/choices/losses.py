@@ -27,6 +27,7 @@ REAL = "torch.nn.MSELoss() / Keras mean_squared_error"
 
 _IGNORED = -100  # torch's ignore_index: a label that counts for nothing
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # for which torch has hardly any operators
 _LEAST_VALUES = 8  # from which on values that all lie in [0, 1] are taken for probabilities
 _FAR = 5.0  # robust standard deviations, times 1 + 32 / N since their estimate from N values may be small:
 _FEW = 32.0  # measured on normal targets, one batch in 150 of 6 or 8, in 5,000 of 256, has a value farther out
@@ -84,6 +85,8 @@ def loss_for(output: Tensor, target: Tensor) -> LossChoice:
     """
     _check_values(output, target)
     output, target = output.detach(), target.detach()
+    if target.dtype in _UNSIGNED:
+        target = target.long()
     if output.shape == target.shape:
         return _same_shape(output, target)
     return _class_indices(output, target)
