@@ -121,7 +121,7 @@ def test_public_names():
         *("initialize_weight_norm", "spectral_norm", "weight_norm", "weight_standardization"),
         *("centralize_gradients", "clip_gradients_adaptively", "normalize_gradients"),
         *("draw_activation", "draw_trajectory", "loss", "loss_for", "mc_dropout", "summary", "trajectory"),
-        *("freeze", "swap", "sync", "unfreeze", "unsync"),
+        *("fold", "freeze", "from_keras", "recalibrate", "swap", "sync", "unfreeze", "unsync"),
         *("Comparison", "check", "compare", "diagnose", "draw", "errors", "explain", "kernels", "watch", "worst_cases"),
     }
     assert all(getattr(renorm, name) is not None for name in renorm.__all__)

@@ -43,7 +43,7 @@ from renorm.norms.zoo import (
     SwitchNorm2d,
     SwitchNorm3d,
 )
-from renorm.surgery import freeze, swap, sync, unfreeze, unsync
+from renorm.surgery import fold, freeze, from_keras, recalibrate, swap, sync, unfreeze, unsync
 
 if TYPE_CHECKING:
     from renorm import diagnose
@@ -117,13 +117,16 @@ __all__ = [
     "draw_trajectory",
     "errors",
     "explain",
+    "fold",
     "freeze",
+    "from_keras",
     "initialize_weight_norm",
     "kernels",
     "loss",
     "loss_for",
     "mc_dropout",
     "normalize_gradients",
+    "recalibrate",
     "spectral_norm",
     "summary",
     "swap",
