@@ -302,6 +302,11 @@ class Partition:
             x = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
         return x
 
+    def set_size(self, x: Tensor) -> int:
+        """How many entries of `x` share statistics, those that a mask leaves out among them."""
+        split = self.view(x).shape
+        return math.prod([split[i] for i in self.reduced])
+
 
 @lru_cache(maxsize=4096)
 def _partition(pattern: Pattern, rank: int, sizes: tuple[tuple[str, int], ...], weighted: tuple[str, ...]) -> Partition:

@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from renorm.errors import MeasureError
 from renorm.kernels.moments import statistics_dtype
 from renorm.norms.batch import GhostBatchNorm
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 
 __all__ = ["Instability", "instability", "record_instability"]
 

@@ -15,7 +15,10 @@ from renorm.kernels import native
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms import running as running_statistics
 from renorm.norms import sync
-from renorm.norms.norm import Norm, OneValue, _Bound, expand_mask
+from renorm.norms.axes import Bound
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
+from renorm.norms.running import OneValue
 from renorm.norms.zoo import BatchNorm, Device
 from renorm.plan import Plan
 
@@ -101,7 +104,7 @@ class GhostBatchNorm(BatchNorm):
         self.__dict__["_whole"] = Norm(pattern, running="c", device="meta", **sizes)
         super()._define({1: "(k [b]) c [...]", -1: "(k [b]) [...] c"}[self.axis], {**sizes, "b": self.size}, **options)
 
-    def _bound(self, x: Tensor) -> _Bound:
+    def _bound(self, x: Tensor) -> Bound:
         return super()._bound(x) if self._divides() else self._whole._bound(x)
 
     def _divides(self) -> bool:
@@ -152,7 +155,7 @@ class GhostBatchNorm(BatchNorm):
             super().batch_moments(_merge_ghosts(batch))
         return batch
 
-    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: _Bound) -> None:
+    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: Bound) -> None:
         super()._track(running, _merge_ghosts(batch), bound)
 
     def measure(self, x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -316,7 +319,7 @@ class BatchRenorm(_ByKnown, BatchNorm):
         return Affine(rstd * r, batch.mean, d)
 
     @torch.no_grad()
-    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: _Bound) -> None:
+    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: Bound) -> None:
         mean, var = running
         eps = self._eps(batch.mean)
         old = torch.sqrt(var.to(batch.var.dtype) + eps)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from renorm.kernels import apart, native, reference
 from renorm.kernels.moments import Affine, Moments
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 from renorm.pattern import Partition, partition
 
 __all__ = ["LayerNorm2d", "PositionalNorm", "ScaleNorm", "by_first_entries"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from renorm.errors import ShapeError
 from renorm.norms import named
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -16,7 +16,9 @@ from renorm.errors import BackendError, ShapeError, UnknownNormError
 from renorm.kernels import extension, native, reference, select
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms import sync
-from renorm.norms.norm import OneValue, _Bound, expand_mask
+from renorm.norms.axes import Bound
+from renorm.norms.masks import expand_mask
+from renorm.norms.running import OneValue
 from renorm.norms.zoo import BatchNorm2d, Device
 from renorm.pattern import Partition
 
@@ -134,7 +136,7 @@ class InPlaceBatchNorm2d(BatchNorm2d):
         z: Tensor = native.run(_InPlace, x, origin, self.weight, self.bias, real, call, learns)
         return z
 
-    def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+    def _choose(self, x: Tensor, bound: Bound, mask: Tensor | None) -> str:
         kernel = super()._choose(x, bound, mask)
         if kernel != "triton":
             return kernel
@@ -145,7 +147,7 @@ class InPlaceBatchNorm2d(BatchNorm2d):
             )
         return "reference"
 
-    def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
+    def _obstacle(self, x: Tensor, bound: Bound) -> str | None:
         return super()._obstacle(x, bound) or "torch's kernel keeps its input"
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from renorm.errors import BackendError, ShapeError, UnknownNormError
 from renorm.kernels import extension, select
-from renorm.norms.norm import expand_mask
+from renorm.norms.masks import expand_mask
 
 __all__ = ["LocalResponseNorm"]
 

@@ -4,56 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from renorm.errors import PatternError, ShapeError, UnknownNormError
-from renorm.kernels import apart, aten, extension, fused, graph, native, reference, select
+from renorm.errors import PatternError, UnknownNormError
+from renorm.kernels import apart, aten, fused, graph, native, reference, select
 from renorm.kernels.moments import Affine, Moments
-from renorm.kernels.nest import Nest
+from renorm.norms import axes, sync
 from renorm.norms import recover as recovery
 from renorm.norms import running as running_statistics
-from renorm.norms import sync
-from renorm.pattern import Partition, Pattern, parse, partition
+from renorm.norms.axes import Bound
+from renorm.norms.dispatch import Dispatching
+from renorm.norms.masks import expand_mask
+from renorm.norms.running import OneValue
+from renorm.pattern import Partition, parse
 from renorm.plan import Plan, plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Norm", "expand_mask"]
+__all__ = ["Norm"]
 
-_MAX_WAYS = 64  # remembered by a layer: shapes, mostly
-
-OneValue = Literal["raise", "running", "allow"]
+_Bound = Bound  # its name in layers that were pickled when it was defined here
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """The pattern at one rank, with what can be known of it before a tensor comes."""
-
-    part: Partition
-    text: str  # the partition as an argument of operators
-    op: str | None  # torch's kernel for the partition, see aten.recognize
-    running: tuple[int, ...]  # axes of the split view along which running statistics are kept
-    channels_second: bool  # those are dimension 1, whole, and the parameters run along it: F.batch_norm serves
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How a layer runs on inputs of one shape, strides and dtype: found out once."""
-
-    kernel: str
-    bound: _Bound
-    eps: float
-    made: Nest | None = None  # for the native kernels
-    direct: aten.Direct | None = None  # torch's function on the input as it is; neither: the general way
-    running: tuple[Tensor, Tensor] | None = None  # statistics that torch's batch norm may move itself
-
-
-class Norm(nn.Module):
+class Norm(Dispatching):
     r"""Normalize over the axes in brackets.
 
     $$y = \frac{x - \text{mean}}{\sqrt{\text{var} + \text{eps}}} \cdot \text{weight} + \text{bias}$$
@@ -100,21 +77,9 @@ class Norm(nn.Module):
               ^
     """
 
-    pattern: str
-    # Any where torch's classes, which the zoo inherits from too, disagree among themselves.
-    eps: Any  # float, or None
-    weight: Any  # Parameter, or None
-    bias: Any  # Parameter, or None
-    momentum: float | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    frozen: bool = False
     activation: str | None = None
     _recovers: bool = False
-    _applies_other: bool = False  # than weight and bias as they are, see `_applied`
     by_running: ClassVar[bool] = False  # a solve of one's own is left out where running statistics are used
-    track_running_stats: bool
 
     def __init__(
         self,
@@ -138,24 +103,22 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         read = parse(pattern)
-        channels = _weighted_axes(read, weight)
-        kept = _running_axes(read, channels, running)
+        channels = axes.weighted_axes(read, weight)
+        kept = axes.running_axes(read, channels, running)
         weighted = channels if recover == "affine" else ()
-        read.check_sizes(sizes)
-        for name in dict.fromkeys((() if recover == "none" else channels) + kept):
-            if name not in sizes:
-                read.fail(name, f"the parameters run along {name!r}: pass its size, {name}=...")
+        axes.check_sizes(read, sizes, (() if recover == "none" else channels) + kept)
         self.eps = eps
         self.momentum = momentum
+        self.track_running_stats = bool(kept)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        shape = _parameter_shape(read, weighted, sizes)
+        shape = axes.parameter_shape(read, weighted, sizes)
         self.weight = nn.Parameter(torch.ones(shape, **factory)) if weighted else None
         self.bias = nn.Parameter(torch.zeros(shape, **factory)) if weighted and bias else None
-        self.track_running_stats = bool(kept)
-        shape = _parameter_shape(read, kept, sizes)
-        self.register_buffer("running_mean", torch.zeros(shape, **factory) if kept else None)
-        self.register_buffer("running_var", torch.ones(shape, **factory) if kept else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device) if kept else None)
+        if kept:
+            shape = axes.parameter_shape(read, kept, sizes)
+            self.register_buffer("running_mean", torch.zeros(shape, **factory))
+            self.register_buffer("running_var", torch.ones(shape, **factory))
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
         self._define(
             pattern,
             sizes,
@@ -207,24 +170,9 @@ class Norm(nn.Module):
         self._weight_axes = weight
         self._running_axes = running
         self._kernel = ""  # that ran last, for repr
-        self._bounds: dict[int, _Bound] = {}
-        self._ways: dict[Any, _Way] = {}
+        self._ways = {}
         self.process_group = process_group
-        # Bound ahead of the first call, so that a compiler meets finished plans only.
-        if isinstance(pattern, str):
-            least = parse(pattern).least_rank
-            ranks = range(least, least + 5 if parse(pattern).has_ellipsis else least + 1)
-            pattern = dict.fromkeys(ranks, pattern)
-        for rank, text in pattern.items():
-            if rank > 0:
-                self._bounds[rank] = self._bind(text, rank)
-
-    def _bind(self, pattern: str, rank: int) -> _Bound:
-        part = partition(pattern, rank, self.sizes, self._weight_axes)
-        along = tuple(i for i, name in enumerate(part.names) if name in self._running_axes)
-        whole = tuple(i for i, dim in enumerate(part.dims) if dim == 1)
-        channels_second = along == whole and part.weighted in ((), whole)
-        return _Bound(part, graph.to_text(part), aten.recognize(part), along, channels_second)
+        self._bind_ahead(pattern)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `x`; entries where `mask` is False count for nothing and come out as 0."""
@@ -244,10 +192,14 @@ class Norm(nn.Module):
     def _with_neighbours(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         bound = self._bound(x)
         weight, bias = self._applied()
-        together = self._plain and not self._recovers and not torch.compiler.is_compiling()
-        together = together and not self._uses_running(bound.part, x)
         alike = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
-        together = together and alike
+        together = (
+            self._plain
+            and not self._recovers
+            and not torch.compiler.is_compiling()
+            and not self._uses_running(bound.part, x)
+            and alike
+        )
         real = None if mask is None else expand_mask(mask, x)
         kernel = self._choose(x, bound, real) if together else ""
         if kernel in select.OWN:
@@ -298,7 +250,6 @@ class Norm(nn.Module):
                 len(self.pattern),
             )
         self._process_group = group
-        # Whether the moments of each set, as they are, standardize it: nothing is to be solved.
         self._plain = not self._own_solve and group is None
         self._by_running = not self._own_solve or self.by_running
         self._ways.clear()
@@ -318,7 +269,7 @@ class Norm(nn.Module):
         part = bound.part
         if mask is not None:
             mask = expand_mask(mask, x)
-        (weight, bias), eps = self._applied(), self._eps(x)
+        (weight, bias), eps, about_zero = self._applied(), self._eps(x), not self.center
         if self._by_running and self._uses_running(part, x):
             return self._normalize_by_running(x, bound, mask)
         kernel = self._choose(x, bound, mask)
@@ -327,7 +278,6 @@ class Norm(nn.Module):
             return self._solved(x, part, kernel, mask, *context)
         running = self._running()
         if kernel in select.OWN and torch.compiler.is_compiling():
-            about_zero = not self.center
             y, found = graph.normalize(
                 x, part, bound.text, weight, bias, eps, about_zero=about_zero, mask=mask, backend=kernel
             )
@@ -337,7 +287,7 @@ class Norm(nn.Module):
         if kernel in select.OWN:
             made = native.fit(x, part, weight, bias, mask, kernel)
             assert not isinstance(made, str)
-            y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=not self.center, mask=mask)
+            y, stats = fused.normalize(x, part, made, weight, bias, eps, about_zero=about_zero, mask=mask)
             if running is not None:
                 assert stats is not None
                 self._track_natively(stats, made, bound)
@@ -345,107 +295,32 @@ class Norm(nn.Module):
         # In the common case torch's batch norm moves the running statistics as this layer would.
         by_torch = kernel == "torch.batch_norm" and self.unbiased and bound.running == part.kept
         if running is None:
-            y, _ = select.normalize(x, part, kernel, weight, bias, eps, about_zero=not self.center, mask=mask)
+            y, _ = select.normalize(x, part, kernel, weight, bias, eps, about_zero=about_zero, mask=mask)
         elif by_torch and self.momentum is not None:
             y, *new = aten.batch_norm_in_training(x, part, weight, bias, eps, running, self.momentum)
             if not running_statistics.recomputing():
                 running_statistics.commit(running, (new[0], new[1]), self.num_batches_tracked)
         else:
-            y, batch = select.normalize(x, part, kernel, weight, bias, eps, about_zero=not self.center, mask=mask)
+            y, batch = select.normalize(x, part, kernel, weight, bias, eps, about_zero=about_zero, mask=mask)
             assert batch is not None
             self._track(running, batch, bound)
         return y
 
-    def _quickly(self, x: Tensor) -> Tensor | None:
-        """The same for a shape that has been seen before, where nothing needs to be worked out; None otherwise."""
-        parameters, buffers = self._parameters, self._buffers  # attributes of a module cost a microsecond
-        if "weight" not in parameters or "bias" not in parameters:  # parametrized
-            return None
-        weight, bias = parameters["weight"], parameters["bias"]
-        if self._applies_other:
-            weight, bias = self._applied()
-        mean = buffers["running_mean"]
-        fixed = mean is not None and not (self.training and not self.frozen)
-        learns = native.learns(x, weight, bias)
-        key = (
-            x.shape,
-            x.stride(),
-            x.dtype,
-            x.is_cpu,
-            learns,
-            fixed,
-            None if weight is None else weight.dtype,
-            self.eps,
-        )
-        way = self._ways.get(key)
-        if way is None:
-            if len(self._ways) == _MAX_WAYS:
-                self._ways.clear()
-            way = self._ways[key] = self._way(x, fixed)
-        y: Tensor
-        stats = None
-        if fixed:
-            if way.direct is None:
-                return None
-            y = torch.batch_norm(x, weight, bias, mean, buffers["running_var"], False, 0.0, way.eps, True)
-        elif way.made is not None:
-            if native.why_not(x, way.made.backend) is not None:
-                return None
-            tracked = mean is not None and self.track_running_stats
-            y, stats = fused.normalize(
-                x, way.bound.part, way.made, weight, bias, way.eps, about_zero=not self.center, wants_stats=tracked
-            )
-            if tracked:
-                assert stats is not None
-                self._track_natively(stats, way.made, way.bound)
-        elif way.direct is None:
-            return None
-        elif mean is None or not self.track_running_stats:
-            y = way.direct(x, weight, bias, way.eps)
-        elif way.running is not None and way.running[0] is mean and not running_statistics.recomputing():
-            batches = buffers["num_batches_tracked"]
-            y = extension.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
-        else:
-            return None
-        self._remember(way.kernel)
-        return y
-
-    def _way(self, x: Tensor, fixed: bool) -> _Way:
-        bound = self._bound(x)
-        part, eps = bound.part, self._eps(x)
-        general = _Way("", bound, eps)
-        if fixed:
-            kernel = self._choose_fixed(x, bound, None)
-            as_it_is = kernel == "torch.batch_norm"
-            return (
-                _Way(kernel, bound, eps, direct=aten.direct(x, part, "batch_norm", None, None)) if as_it_is else general
-            )
-        if self._uses_running(part, x):
-            return general
-        kernel = self._choose(x, bound, None)
+    def _normalize_by_running(self, x: Tensor, bound: Bound, mask: Tensor | None) -> Tensor:
+        kernel = self._choose_fixed(x, bound, mask)
+        self._remember(kernel)
+        if kernel == "torch.batch_norm":
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
+        mean, var = self._running_moments(bound, x.dtype)
+        affine = Affine(torch.rsqrt(var + self._eps(x)), mean if self.center else None)
         if kernel in select.OWN:
-            made = native.fit(x, part, self.weight, self.bias, None, kernel)
-            return general if isinstance(made, str) else _Way(kernel, bound, eps, made=made)
-        if not kernel.startswith("torch.") or kernel == "torch.rms_norm":
-            return general
-        direct = aten.direct(x, part, kernel.removeprefix("torch."), self.weight, self.bias)
-        running, batches = self._running(), self.num_batches_tracked
-        moves = (
-            running is not None and extension.tracks(running, batches) and self.unbiased and bound.running == part.kept
-        )
-        moves = moves and (self.momentum is not None or batches is not None)
-        return _Way(kernel, bound, eps, direct=direct, running=running if moves else None)
-
-    def _track_natively(self, stats: Tensor, made: Nest, bound: _Bound) -> None:
-        """Move the running statistics towards those that a kernel of ours measured."""
-        running, batches = self._running(), self.num_batches_tracked
-        assert running is not None
-        one_each = bound.running == bound.part.kept and made.in_order
-        if one_each and (batches is not None or self.momentum is not None) and extension.tracks(running, batches):
-            if not running_statistics.recomputing():
-                extension.track(stats, running, batches, self.momentum, unbiased=self.unbiased)
-        else:
-            self._track(running, native.moments_of(stats, bound.part, made), bound)
+            made = native.fit(x, bound.part, self.weight, self.bias, mask, kernel)
+            assert not isinstance(made, str)
+            measured = apart.given(mean, var, bound.part, made, mask)
+            return apart.apply(x, bound.part, measured, affine, self.weight, self.bias)
+        return reference.apply(x, bound.part, affine, self.weight, self.bias, mask=mask)
 
     def _solved(self, x: Tensor, part: Partition, kernel: str, mask: Tensor | None, *context: Any) -> Tensor:
         (weight, bias), about_zero = self._applied(), not self.center
@@ -468,10 +343,6 @@ class Norm(nn.Module):
             if not isinstance(made, str):
                 return apart.measure(x, bound.part, made, mask=real, about_zero=about_zero)[0]
         return reference.measure(x, bound.part, mask=real, about_zero=about_zero)
-
-    def _applied(self) -> tuple[Any, Any]:
-        """The weight and bias that are applied behind `solve`; a layer that overrides it sets `_applies_other`."""
-        return self.weight, self.bias
 
     @property
     def _own_solve(self) -> bool:
@@ -506,11 +377,9 @@ class Norm(nn.Module):
 
     def values_per_set(self, shape: tuple[int, ...]) -> int:
         """How many entries one mean and variance of this layer come from, for an input of this shape."""
-        part = (
-            self._bounds[len(shape)].part if len(shape) in self._bounds else self._bind(self.pattern, len(shape)).part
-        )
-        split = part.split_shape(shape)
-        return math.prod([split[i] for i in part.reduced])
+        bound = self._bounds.get(len(shape)) or self._bind(self.pattern, len(shape))
+        split = bound.part.split_shape(shape)
+        return math.prod([split[i] for i in bound.part.reduced])
 
     def kernel(self, x: Tensor, mask: Tensor | None = None) -> str:
         """The name of the kernel that runs for this input, in the mode the layer is in."""
@@ -549,157 +418,3 @@ class Norm(nn.Module):
         words += [f"backend={self.backend!r}"] if self.backend != "auto" else []
         words += [f"kernel={self._kernel}"] if self._kernel else []
         return ", ".join(words)
-
-    def _bound(self, x: Tensor) -> _Bound:
-        bound = self._bounds.get(x.dim())
-        if bound is None:
-            bound = self._bounds[x.dim()] = self._bind(self.pattern, x.dim())
-        bound.part.check(x.shape)
-        return bound
-
-    def _eps(self, x: Tensor) -> float:
-        if self.eps is not None:
-            return float(self.eps)
-        return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-
-    def _learns(self) -> bool:
-        """Whether statistics come from the input although running ones exist."""
-        return self.training and not self.frozen
-
-    def _running(self) -> tuple[Tensor, Tensor] | None:
-        """The running mean and variance, where this forward moves them."""
-        if self.running_mean is None or self.running_var is None or not (self.track_running_stats and self._learns()):
-            return None
-        return self.running_mean, self.running_var
-
-    def _uses_running(self, part: Partition, x: Tensor) -> bool:
-        if self.running_mean is not None and not self._learns():
-            return True
-        if self.one_value == "allow" or self.process_group is not None:  # other processes may have more
-            return False
-        if self._set_size(part, x) != 1:
-            return False
-        if self.one_value == "running" and self.running_mean is not None:
-            return True
-        what = "spatial element" if "n" in [part.names[i] for i in part.kept] else "value per channel"
-        remedy = (
-            "" if self.running_mean is None else ", or one_value='running' to normalize such a batch by what is known"
-        )
-        raise ShapeError(
-            f"Expected more than 1 {what} when training, got input size {tuple(x.shape)}: the variance of one value "
-            f"is 0. Use larger batches or inputs, or drop_last=True in the data loader{remedy}"
-        )
-
-    def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
-        weight, bias = self._applied()
-        return select.choose(
-            x,
-            bound.part,
-            bound.op,
-            weight,
-            bias,
-            about_zero=not self.center,
-            mask=mask,
-            obstacle=self._obstacle(x, bound),
-            backend=self.backend,
-        )
-
-    def _obstacle(self, x: Tensor, bound: _Bound) -> str | None:
-        """What in this layer keeps torch's kernels from computing it."""
-        if not self._plain:
-            return select.OWN_SOLVE
-        if bound.op != "batch_norm" and self._running() is not None:
-            return "torch's kernel does not hand out the moments that running statistics need"
-        if bound.op in ("batch_norm", "group_norm") and self._set_size(bound.part, x) == 1:
-            return "torch's kernel wants more than one value"
-        return None
-
-    def _set_size(self, part: Partition, x: Tensor) -> int:
-        split = part.view(x).shape
-        return math.prod([split[i] for i in part.reduced])
-
-    def _choose_fixed(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
-        """The kernel that normalizes by running statistics."""
-        op = "batch_norm" if bound.channels_second and self.center and x.dim() >= 2 else None
-        return select.choose(x, bound.part, op, self.weight, self.bias, mask=mask, fixed=True, backend=self.backend)
-
-    def _remember(self, kernel: str) -> None:
-        if not torch.compiler.is_compiling():
-            self.__dict__["_kernel"] = kernel  # around Module.__setattr__, which costs a microsecond
-
-    def _normalize_by_running(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> Tensor:
-        kernel = self._choose_fixed(x, bound, mask)
-        self._remember(kernel)
-        if kernel == "torch.batch_norm":
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            return aten.fixed_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps(x))
-        mean, var = self._running_moments(bound, x.dtype)
-        affine = Affine(torch.rsqrt(var + self._eps(x)), mean if self.center else None)
-        if kernel in select.OWN:
-            made = native.fit(x, bound.part, self.weight, self.bias, mask, kernel)
-            assert not isinstance(made, str)
-            measured = apart.given(mean, var, bound.part, made, mask)
-            return apart.apply(x, bound.part, measured, affine, self.weight, self.bias)
-        return reference.apply(x, bound.part, affine, self.weight, self.bias, mask=mask)
-
-    def _running_moments(self, bound: _Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        shape = [(size or 1) if i in bound.running else 1 for i, size in enumerate(bound.part.sizes)]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self.running_mean.reshape(shape).to(wide), self.running_var.reshape(shape).to(wide)
-
-    @torch.no_grad()
-    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: _Bound) -> None:
-        if not running_statistics.recomputing():
-            pooled = running_statistics.pool(batch, bound.part, bound.running, unbiased=self.unbiased)
-            running_statistics.update(running, self.num_batches_tracked, self.momentum, pooled)
-
-
-def _weighted_axes(pattern: Pattern, weight: str | None) -> tuple[str, ...]:
-    if weight is None:
-        return ()
-    if weight != "auto":
-        return pattern.select(weight, "weight")
-    if "c" not in pattern.names:
-        raise PatternError(
-            "no axis is called c, so it is not clear where weight and bias run: pass weight='names' or weight=None",
-            pattern.text,
-            0,
-            len(pattern.text),
-        )
-    return pattern.beside("c")
-
-
-def _running_axes(pattern: Pattern, weighted: tuple[str, ...], running: str | None) -> tuple[str, ...]:
-    if running is None:
-        return ()
-    reduced = {axis.name for axis in pattern.axes if axis.reduced}
-    if running == "auto":
-        over_the_batch = any(axis.reduced for axis in pattern.dims[0])
-        return tuple(name for name in weighted if name not in reduced) if over_the_batch else ()
-    axes = pattern.select(running, "running")
-    for name in axes:
-        if name in reduced:
-            pattern.fail(name, f"running statistics run along kept axes, and {name!r} is averaged over")
-    return axes
-
-
-def _parameter_shape(pattern: Pattern, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """One size for each dimension that has any of `axes`."""
-    dims = [[axis.name for axis in dim if axis.name in axes] for dim in pattern.dims]
-    return tuple(math.prod(sizes[name] for name in dim) for dim in dims if dim)
-
-
-def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` in the shape of `x`; raises ShapeError where it is not boolean or does not broadcast."""
-    if mask.dtype != torch.bool:
-        raise ShapeError(f"a mask is boolean, True on real entries; got {mask.dtype}: write mask.bool()")
-    try:
-        return mask.expand(x.shape)
-    except RuntimeError:
-        raise ShapeError(
-            f"a mask must broadcast to the input's shape {tuple(x.shape)}; got {tuple(mask.shape)}: give it as many "
-            "dimensions, of size 1 where it does not vary, as in mask[:, None, :]"
-        ) from None

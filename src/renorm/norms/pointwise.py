@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import ShapeError
-from renorm.norms.norm import expand_mask
+from renorm.norms.masks import expand_mask
 
 __all__ = ["TLU", "DyT"]
 

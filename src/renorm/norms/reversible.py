@@ -10,7 +10,8 @@ from torch import Tensor
 
 from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 
 __all__ = ["RevIN"]
 

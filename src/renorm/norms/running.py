@@ -8,13 +8,24 @@ finite changes nothing: one overflow would otherwise stay in the running mean fo
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor, nn
+
+from renorm.errors import ShapeError
+from renorm.kernels import extension, native
 from renorm.kernels.moments import Moments
+from renorm.kernels.nest import Nest
+from renorm.norms.axes import Bound
 from renorm.pattern import Partition
 
-__all__ = ["commit", "pool", "recomputing", "update"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["OneValue", "Tracking", "commit", "pool", "recomputing", "update"]
+
+OneValue = Literal["raise", "running", "allow"]
 
 
 def recomputing() -> bool:
@@ -78,3 +89,69 @@ def update(
         flat = old.flatten()
         new = factor * value.to(flat.dtype) + (1 - factor) * flat
         old.copy_(torch.where(finite & valid, new.to(flat.dtype), flat).view_as(old))
+
+
+class Tracking(nn.Module):
+    """A layer that keeps running statistics, or none: when it normalizes by them, and when it moves them."""
+
+    momentum: float | None
+    unbiased: bool
+    one_value: OneValue
+    frozen: bool = False
+    track_running_stats: bool
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    _process_group: ProcessGroup | None
+
+    def _learns(self) -> bool:
+        """Whether statistics come from the input although running ones exist."""
+        return self.training and not self.frozen
+
+    def _running(self) -> tuple[Tensor, Tensor] | None:
+        """The running mean and variance, where this forward moves them."""
+        if self.running_mean is None or self.running_var is None or not (self.track_running_stats and self._learns()):
+            return None
+        return self.running_mean, self.running_var
+
+    def _uses_running(self, part: Partition, x: Tensor) -> bool:
+        if self.running_mean is not None and not self._learns():
+            return True
+        if self.one_value == "allow" or self._process_group is not None:  # other processes may have more
+            return False
+        if part.set_size(x) != 1:
+            return False
+        if self.one_value == "running" and self.running_mean is not None:
+            return True
+        what = "spatial element" if "n" in [part.names[i] for i in part.kept] else "value per channel"
+        remedy = (
+            "" if self.running_mean is None else ", or one_value='running' to normalize such a batch by what is known"
+        )
+        raise ShapeError(
+            f"Expected more than 1 {what} when training, got input size {tuple(x.shape)}: the variance of one value "
+            f"is 0. Use larger batches or inputs, or drop_last=True in the data loader{remedy}"
+        )
+
+    def _running_moments(self, bound: Bound, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        shape = [(size or 1) if i in bound.running else 1 for i, size in enumerate(bound.part.sizes)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.running_mean.reshape(shape).to(wide), self.running_var.reshape(shape).to(wide)
+
+    @torch.no_grad()
+    def _track(self, running: tuple[Tensor, Tensor], batch: Moments, bound: Bound) -> None:
+        if not recomputing():
+            pooled = pool(batch, bound.part, bound.running, unbiased=self.unbiased)
+            update(running, self.num_batches_tracked, self.momentum, pooled)
+
+    def _track_natively(self, stats: Tensor, made: Nest, bound: Bound) -> None:
+        """Move the running statistics towards those that a kernel of ours measured."""
+        running, batches = self._running(), self.num_batches_tracked
+        assert running is not None
+        one_each = bound.running == bound.part.kept and made.in_order
+        if one_each and (batches is not None or self.momentum is not None) and extension.tracks(running, batches):
+            if not recomputing():
+                extension.track(stats, running, batches, self.momentum, unbiased=self.unbiased)
+        else:
+            self._track(running, native.moments_of(stats, bound.part, made), bound)

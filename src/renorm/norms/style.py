@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms.condition import along_channels, instance_pattern
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 from renorm.norms.zoo import BatchNorm
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from renorm.errors import ShapeError, UnknownNormError
 from renorm.kernels.moments import statistics_dtype
 from renorm.norms import running as running_statistics
 from renorm.norms import sync
-from renorm.norms.norm import Norm, _Bound, expand_mask
+from renorm.norms.axes import Bound
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,7 +122,7 @@ class _Whitening(Norm):
             return None
         return self.running_mean, self.running_cov
 
-    def _choose(self, x: Tensor, bound: _Bound, mask: Tensor | None) -> str:
+    def _choose(self, x: Tensor, bound: Bound, mask: Tensor | None) -> str:
         return "torch.bmm"
 
     def _normalize(self, x: Tensor, mask: Tensor | None, *context: Any) -> Tensor:

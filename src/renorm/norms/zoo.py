@@ -18,7 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 from renorm.errors import ShapeError
 from renorm.kernels.moments import Affine, Moments
 from renorm.norms.channels import by_first_entries
-from renorm.norms.norm import Norm, OneValue
+from renorm.norms.norm import Norm
+from renorm.norms.running import OneValue
 from renorm.norms.solve import mix
 from renorm.pattern import Partition
 
