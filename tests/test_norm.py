@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import onnxruntime
@@ -561,3 +562,12 @@ def test_an_own_backend_compiles_in_evaluation():
     layer = rn.BatchNorm2d(8, backend="native").eval()
     x = torch.randn(4, 8, 16, 16)
     close(torch.compile(layer, fullgraph=True)(x), layer(x), 1e-5)
+
+
+def test_a_layer_that_was_pickled_when_all_was_in_one_file():
+    layer = rn.GroupNorm(2, 4)
+    now, then = b"crenorm.norms.axes\nBound\n", b"crenorm.norms.norm\n_Bound\n"
+    pickled = pickle.dumps(layer, protocol=2)
+    assert now in pickled
+    x = torch.randn(3, 4, 5)
+    assert torch.equal(pickle.loads(pickled.replace(now, then))(x), layer(x))
