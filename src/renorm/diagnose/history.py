@@ -111,6 +111,13 @@ class History:
     # What was seen besides: "loss", the operations it comes from; "lost", what is not finite; see watch.py.
     events: dict[str, Any] = field(default_factory=dict)
 
+    def keep(self, made: Counts | Fit | None) -> None:
+        """Add how predictions fit the targets, where that can be said."""
+        if isinstance(made, Counts):
+            self.counts.append(made)
+        elif made is not None:
+            self.fits.append(made)
+
     @property
     def last(self) -> Sample | None:
         """The newest sample."""
