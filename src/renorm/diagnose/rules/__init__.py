@@ -2,9 +2,11 @@
 
 from renorm.diagnose.rules import (
     activations,
+    classes,
     curves,
     data,
     depth,
+    dimensions,
     dropout,
     few,
     gradients,
@@ -26,9 +28,11 @@ from renorm.diagnose.rules import (
 
 __all__ = [
     "activations",
+    "classes",
     "curves",
     "data",
     "depth",
+    "dimensions",
     "dropout",
     "few",
     "gradients",
