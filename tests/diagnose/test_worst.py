@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from renorm.diagnose.worst import SURE, Case, Neighbor, WorstCases, png, worst_cases
+from renorm.diagnose.cases import SURE, Case, Neighbor, WorstCases, png
+from renorm.diagnose.worst import worst_cases
 from renorm.errors import RuleError
 
 CE = nn.CrossEntropyLoss(reduction="none")
