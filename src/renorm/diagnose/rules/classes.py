@@ -55,8 +55,7 @@ def counted(history: History, enough: int) -> Counts | None:
     when="watch",
     title="A rare class is hardly ever recognized",
     why="The loss is a mean over samples: a class that is a twentieth of them is a twentieth of it, and the accuracy "
-    "looks "
-    "good without.",
+    "looks good without.",
     fix="Weight the loss, torch.nn.CrossEntropyLoss(weight=...), or draw rare classes more often, "
     "torch.utils.data.WeightedRandomSampler; look at the recall of each class.",
     source="SageMaker Debugger's ClassImbalance: a ratio of 10, a misprediction of 0.7; that the other classes must be "
@@ -77,8 +76,7 @@ def neglected_class(history: History) -> Iterator[Found]:
         k = missed[0]
         yield Found(
             f"{counts.right[k]} of {counts.labels[k]} samples of class {k} are recognized, of all {sum(counts.right)} "
-            f"of "
-            f"{total}; the most frequent class has {most}"
+            f"of {total}; the most frequent class has {most}"
         )
     elif rare and len(counts.labels) <= 50:  # words are as they are
         yield Found(
@@ -118,7 +116,6 @@ def one_class_predicted(history: History) -> Iterator[Found]:
     k = counts.predicted.index(max(counts.predicted))
     yield Found(
         f"class {k} is predicted for {counts.predicted[k]} of the last {total} samples; {counts.labels[k]} of them "
-        f"have "
-        f"that label, and the loss, {mean(losses):.3g}, is not below that of guessing by frequency, {entropy:.3g}",
+        f"have that label, and the loss, {mean(losses):.3g}, is not below that of guessing by frequency, {entropy:.3g}",
         severity=None if counts.spread < 0.01 else "warning",
     )

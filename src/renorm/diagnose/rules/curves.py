@@ -144,8 +144,7 @@ def floors(history: History, loss: float) -> str | None:
     why="What was learnt is lost again; it seldom comes back by itself.",
     fix="Lower the learning rate, warm it up, or clip gradients; go back to the checkpoint before the rise.",
     source="TheDeepChecker takes twice the minimum; that the rise must be a quarter of all that was gained, and last "
-    "for "
-    "20 steps, is ours: calibrated on the clean programs of tests/diagnose",
+    "for 20 steps, is ours: calibrated on the clean programs of tests/diagnose",
     bad=training(steps=300, update="optimizer.param_groups[0]['lr'] = 10.0 if step > 200 else 0.1; optimizer.step()"),
     good=training(steps=300),
 )
@@ -175,8 +174,7 @@ def loss_diverges(history: History) -> Iterator[Found]:
     why="The model learns the training data by heart; from here on it gets worse on everything else.",
     fix="Keep the weights of the best validation (early stopping); more data or augmentation, weight decay, dropout.",
     source="SageMaker Debugger's Overfit takes a ratio above 0.1; that the validation loss must rise three times, and "
-    "by "
-    "a twentieth, is ours: calibrated on the clean programs of tests/diagnose",
+    "by a twentieth, is ours: calibrated on the clean programs of tests/diagnose",
     bad=evaluated(
         seen=64,
         labels="y[::3] = torch.randint(3, y[::3].shape)",
@@ -302,8 +300,7 @@ report = w.report
     when="watch",
     title="The validation loss is below the training loss",
     why="It is no proof of a better fit. Dropout, augmentation and regularizing terms make only the training loss "
-    "larger; "
-    "and a squared error is small where the targets vary little, however badly it follows them.",
+    "larger; and a squared error is small where the targets vary little, however badly it follows them.",
     fix="Compare both losses on the same data in evaluation mode. For a regression look at the error over the variance "
     "of the targets (1 - R²) and at the correlation, and pass both to watch: w.validate(loss, outputs, targets).",
     source="mean squared error = variance of the targets + variance and squared shift of the outputs - twice their "

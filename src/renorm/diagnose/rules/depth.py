@@ -30,8 +30,7 @@ batch = torch.randn(32, 8), torch.randint(5, (32,))
     why="Linear layers behind each other are one linear layer: the depth costs time and adds nothing.",
     fix="An activation such as nn.ReLU() between the layers.",
     source="the composition of affine maps is affine; measured on the batch. Missing activations are among the faults "
-    "of "
-    "DeepLocalize (Wardat et al. 2021) and NeuraLint (Nikanjam et al. 2021)",
+    "of DeepLocalize (Wardat et al. 2021) and NeuraLint (Nikanjam et al. 2021)",
     bad=STACK.format("", ""),
     good=STACK.format("nn.ReLU(), ", "nn.ReLU(), "),
 )
@@ -66,8 +65,7 @@ def linear_model(evidence: Evidence) -> Iterator[Found]:
     between = next((called(node) for node in layers[:1]), "")
     yield Found(
         f"{listed([called(node) for node in layers])}: {len(layers)} layers, and what comes out of the last one is a "
-        f"linear "
-        f"function of the input: there is no activation behind {between}",
+        f"linear function of the input: there is no activation behind {between}",
         module=layers[0].name,
         fix=f"torch.relu({path(layers[0].name)}(x))  # and behind the others but the last",
     )

@@ -43,8 +43,7 @@ batch = torch.randn(16, 12, 8), torch.randint(12, (16, 12))
     "error",
     title="The cross-entropy takes another dimension for the classes",
     why="cross_entropy reads the classes along dimension 1. Where sizes happen to agree, scores along time or space "
-    "are "
-    "compared as if they were classes, and a view that does not transpose mixes both.",
+    "are compared as if they were classes, and a view that does not transpose mixes both.",
     fix="output.transpose(1, 2) for (N, T, K); output.permute(0, 2, 1).reshape(-1, K) before flattening (N, K, T).",
     source="torch.nn.CrossEntropyLoss: input of shape (N, C, d1, ...); the features are followed through the views",
     bad=TAGGER.format(""),
@@ -70,8 +69,7 @@ def classes_in_another_dimension(evidence: Evidence) -> Iterator[Found]:
         where = "other positions of the same unit" if still else "a mixture of units and positions"
         yield Found(
             f"{call.kind} takes dimension 1 of {linear(tuple(numbers.shape))} for the {classes} classes, and that "
-            "holds "
-            f"{where} of {said(node)}",
+            f"holds {where} of {said(node)}",
             module=node.name,
             fix="output.transpose(1, -1)  # classes in dimension 1"
             if still
@@ -133,9 +131,8 @@ batch = torch.randn(16, 12, 10, 3), torch.randint(4, (16,))
     "view-where-dimensions-change-places",
     "warning",
     title="A view where dimensions were to change places",
-    why="view and reshape keep the order of memory and only cut it anew: the pixels of an image of (H, W, 3) as (3, "
-    "H, W) "
-    "are three stripes of mixed colours.",
+    why="view and reshape keep the order of memory and only cut it anew: the pixels of an image of (H, W, 3) as (3, H, "
+    "W) are three stripes of mixed colours.",
     fix="x.permute(0, 3, 1, 2) for (N, H, W, C) to (N, C, H, W).",
     source="torch.Tensor.view; the sizes of the result are those of the input in another order",
     bad=MOVED.format("reshape(16, 3, 12, 10)"),
@@ -154,8 +151,7 @@ def view_where_dimensions_change_places(evidence: Evidence) -> Iterator[Found]:
             continue
         yield Found(
             f"{node.where} makes {linear(tuple(y.shape))} of {linear(tuple(x.shape))}: the same sizes in another "
-            "order, "
-            "and the values stay where they were",
+            "order, and the values stay where they were",
             module=node.name,
             fix=f"x.permute({', '.join(map(str, places(tuple(x.shape), tuple(y.shape))))})",
         )

@@ -204,8 +204,7 @@ BAYESIAN = re.compile(r"MC(?![a-z])|monte_?carlo|bayes", re.IGNORECASE)
     "warning",
     title="Dropout that evaluation mode does not switch off",
     why="F.dropout has training=True by default, and so has an nn.Dropout that is made in the forward pass or kept in "
-    "a "
-    "Python list: predictions and validation are as noisy as training, and no two are alike.",
+    "a Python list: predictions and validation are as noisy as training, and no two are alike.",
     fix="F.dropout(x, p, self.training), or an nn.Dropout in __init__.",
     source="torch.nn.functional.dropout: training=True; measured in evaluation mode on the batch",
     bad=AWAKE.format(""),

@@ -324,8 +324,7 @@ def no_gradient(evidence: Evidence) -> Iterator[Found]:
     if dropped:
         yield Found(
             f"what {listed(dropped)} make{'s' if len(dropped) == 1 else ''} is not used: neither the loss nor an "
-            "output "
-            "depends on it",
+            "output depends on it",
             module=dropped[-1],
             fix="# use it, or take it out",
         )

@@ -152,8 +152,7 @@ SIGNED = ("cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss"
     "error",
     title="Labels 0 and 1 for a loss that takes -1 and 1",
     why="These losses multiply by the label or compare it with -1: for a 0 the loss is constant, or that of both "
-    "labels "
-    "at once, and the negative samples teach nothing.",
+    "labels at once, and the negative samples teach nothing.",
     fix="2 * target - 1.",
     source="torch.nn.CosineEmbeddingLoss, HingeEmbeddingLoss, MarginRankingLoss, SoftMarginLoss: labels of 1 and -1",
     bad=BINARY.format("", "nn.SoftMarginLoss()", YES_NO),
@@ -215,8 +214,7 @@ def unbatched_cross_entropy(evidence: Evidence) -> Iterator[Found]:
     "warning",
     title="The loss is a sum over the batch",
     why="Gradients grow with the batch size, and with them the step: a learning rate that suits one batch size does "
-    "not "
-    "suit another.",
+    "not suit another.",
     fix="Use reduction='mean', or divide the learning rate by the batch size.",
     source="the loss-reduction check of TheDeepChecker (Ben Braiek & Khomh 2023)",
     bad=HEAD.format("", 'nn.CrossEntropyLoss(reduction="sum")', CLASSES),
@@ -251,8 +249,7 @@ def summed_loss(evidence: Evidence) -> Iterator[Found]:
         likelihood = evidence.optimizer is None and reconstructs(evidence)
         yield Found(
             f"the loss of the batch and a copy of it, {2 * size} samples, is {ratio:.2f} times that of the batch: it "
-            f"is a "
-            "sum",
+            "is a sum",
             fix='reduction="mean"',
             severity="info" if scaled or likelihood else "warning",
         )
@@ -273,8 +270,7 @@ def reconstructs(evidence: Evidence) -> bool:
     "error",
     title="Labels that do not fit the output",
     why="A class index outside of the output's classes raises, on a GPU as an assertion that says nothing; a batch of "
-    "one "
-    "class teaches to answer it always.",
+    "one class teaches to answer it always.",
     fix="Count the classes from 0, and give the head as many units as there are.",
     source="torch.nn.CrossEntropyLoss: targets in [0, C)",
     bad=HEAD.format("", "nn.CrossEntropyLoss()", "torch.randint(1, 6, (32,))"),

@@ -61,8 +61,7 @@ def idle(sample: Sample) -> bool:
     when="watch",
     title="The learning rate has fallen to nothing, and training goes on",
     why="Steps no longer change anything. A schedule that counts epochs is stepped with every batch, or is shorter "
-    "than "
-    "the training.",
+    "than the training.",
     fix="scheduler.step() once an epoch for a schedule in epochs; for one in steps, the number of all steps.",
     source="the rates of the groups; the limit is ours, below the end of OneCycleLR and of cosine schedules",
     bad=training(steps=150, update="optimizer.step(); optimizer.param_groups[0]['lr'] *= 0.7"),
@@ -164,9 +163,8 @@ def validation_in_training_mode(history: History) -> Iterator[Found]:
     "warning",
     when="watch",
     title="The validation loss is far above that of knowing nothing, from the first one on",
-    why="A model that learns by heart is good on new data first, and gets worse. One that is bad from the start "
-    "sees other "
-    "data than in training: not normalized, another order of channels or classes, another loss.",
+    why="A model that learns by heart is good on new data first, and gets worse. One that is bad from the start sees "
+    "other data than in training: not normalized, another order of channels or classes, another loss.",
     fix="One function that prepares both; compare mean and standard deviation of a batch of each.",
     source="how losses go apart in overfitting; the factors are ours: calibrated on the clean programs of "
     "tests/diagnose",

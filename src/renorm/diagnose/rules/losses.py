@@ -190,8 +190,7 @@ def not_logarithms(evidence: Evidence) -> Iterator[Found]:
         if call.kind == "kl_div" and not call.options.get("log_target") and bool((call.target < -1e-3).any()):
             yield Found(
                 f"kl_div gets targets down to {float(call.target.min()):.3g}; they are probabilities, and it takes "
-                "their "
-                "logarithm",
+                "their logarithm",
                 fix="F.kl_div(log_probabilities, log_targets, log_target=True)",
             )
             continue
@@ -232,8 +231,7 @@ def not_logarithms(evidence: Evidence) -> Iterator[Found]:
     "error",
     title="Probabilities go into a loss that applies a sigmoid itself",
     why="The sigmoid of a probability is between 0.5 and 0.73: the loss cannot fall below 0.31 where the target is 1 "
-    "and "
-    "0.69 where it is 0.",
+    "and 0.69 where it is 0.",
     fix="Return the logits, or use BCELoss.",
     source="torch.nn.BCEWithLogitsLoss combines a sigmoid with the loss",
     bad=BINARY.format(", nn.Sigmoid()", "nn.BCEWithLogitsLoss()", YES_NO),
@@ -262,8 +260,7 @@ def sigmoid_before_bce_with_logits(evidence: Evidence) -> Iterator[Found]:
     "error",
     title="BCELoss gets values that are not bounded to [0, 1]",
     why="BCELoss takes logarithms of probabilities. Torch raises once a value is outside [0, 1]; a ReLU or a lucky "
-    "batch "
-    "hides it until then.",
+    "batch hides it until then.",
     fix="Use BCEWithLogitsLoss on the logits.",
     source="torch.nn.BCELoss",
     bad=BINARY.format("", "nn.BCELoss()", YES_NO),
@@ -285,8 +282,7 @@ def bce_without_sigmoid(evidence: Evidence) -> Iterator[Found]:
             low, high = (float(value) for value in call.input.detach().float().aminmax())
             yield Found(
                 f"binary_cross_entropy gets values from {said(node)}, which are not bounded to [0, 1] (here {low:.3g} "
-                f"to "
-                f"{high:.3g})",
+                f"to {high:.3g})",
                 module=node.name if node else "",
                 fix="loss = torch.nn.BCEWithLogitsLoss()  # on the values as they are",
             )
@@ -310,8 +306,7 @@ def cross_entropy_of_one_class(evidence: Evidence) -> Iterator[Found]:
             node = evidence.blame(call.input)
             yield Found(
                 f"cross_entropy over 1 class, input {linear(tuple(call.input.shape))}: the loss is constant, nothing "
-                f"is "
-                "learnt",
+                "is learnt",
                 module=node.name if node else "",
                 fix="loss = torch.nn.BCEWithLogitsLoss()  # targets as floats, of the shape of the output",
             )

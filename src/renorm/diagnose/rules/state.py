@@ -94,9 +94,8 @@ batch = 3 * torch.randn(32, 8) + 1, torch.randint(3, (32,))
     "batch-is-written-into",
     "warning",
     title="The model changes its input in place",
-    why="Whoever has the batch has another one afterwards: a second pass over it, a target that is the same tensor, "
-    "or a "
-    "data set that is kept in memory is scaled again each time.",
+    why="Whoever has the batch has another one afterwards: a second pass over it, a target that is the same tensor, or "
+    "a data set that is kept in memory is scaled again each time.",
     fix="x = (x - mean) / std, without an underscore; no in-place activation on the input.",
     source="measured: the values before and after the forward pass",
     bad=SCALED.format("x.sub_(1).div_(3)"),

@@ -126,8 +126,7 @@ batch = text[:, :-1], text[:, 1:]
     "error",
     title="Each position sees the token it is to predict",
     why="The loss falls to nearly 0 by copying, and the model has learnt nothing that it can use when the answer is "
-    "not "
-    "there.",
+    "not there.",
     fix="Shift the targets by one, x = text[:, :-1] and y = text[:, 1:]; a causal mask, and no second direction.",
     source="measured: tokens are replaced, and the outputs that are to predict them change",
     bad=ANSWERS.format(both=True, size=32),
@@ -205,8 +204,7 @@ def positions(evidence: Evidence, tokens: Tensor, at: int) -> Tensor | None:
     "warning",
     title="A batch norm behind the last layer of a regression",
     why="In training each prediction is that of its sample relative to the batch: its level is lost, and comes back "
-    "only "
-    "through the norm's own weight and bias. In evaluation running statistics stand in for it.",
+    "only through the norm's own weight and bias. In evaluation running statistics stand in for it.",
     fix="Leave the norm out; scale the targets instead.",
     source="Ioffe & Szegedy 2015, Batch normalization: between layers; mean and variance of the output are the batch's",
     bad="""
@@ -227,8 +225,7 @@ def batch_norm_on_the_output(evidence: Evidence) -> Iterator[Found]:
         if call.kind in REGRESSION and node is not None and node.kind == "batch_norm" and given(evidence, call.target):
             yield Found(
                 f"{said(node)} standardizes the outputs over the batch in front of {call.kind}, whose targets have "
-                "mean "
-                f"{float(entries(call.target).mean()):.3g}",
+                f"mean {float(entries(call.target).mean()):.3g}",
                 module=node.name,
                 fix=without(node, "the batch norm"),
                 mend=drop(node),
