@@ -9,8 +9,8 @@ from torch import nn
 
 from renorm.diagnose.catalogue import Found, Severity, rule
 from renorm.diagnose.history import History, Sample
-from renorm.diagnose.rules.statistics import listed
 from renorm.diagnose.rules.steps import SETTLED, training
+from renorm.diagnose.rules.words import listed
 
 YOUNG = 80  # steps in which a loss need not have fallen
 UNITS = 8  # of a layer, at least, for a share of them to say something

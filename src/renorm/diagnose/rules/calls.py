@@ -1,4 +1,4 @@
-"""What the rules about losses share: the values of a call, who made them, and words and repairs for it."""
+"""What the rules about losses share: the values of a call, who made them, and repairs for it."""
 
 from __future__ import annotations
 
@@ -45,19 +45,9 @@ def without(node: Node | None, what: str) -> str:
     return f'model.set_submodule("{node.name}", torch.nn.Identity())  # was {type(node.module).__name__}'
 
 
-def said(node: Node | None) -> str:
-    """Who made a tensor, as the subject of a sentence."""
-    return "the model" if node is None else node.where
-
-
 def kind_of(node: Node | None) -> str:
     """The kind of a call; empty where there is none."""
     return "" if node is None else node.kind
-
-
-def linear(shape: tuple[int, ...]) -> str:
-    """A shape in words."""
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
 def between(values: Tensor, low: float, high: float) -> bool:

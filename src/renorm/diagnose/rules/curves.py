@@ -12,8 +12,8 @@ from torch import nn
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.history import Fit, History
 from renorm.diagnose.rules.activations import apart, distance, seen
-from renorm.diagnose.rules.statistics import listed
 from renorm.diagnose.rules.steps import MLP, PLATEAU, SETTLED, training
+from renorm.diagnose.rules.words import listed
 from renorm.diagnose.trace import kind_of_module
 
 WINDOW = 40  # losses, whose mean is compared with that of others

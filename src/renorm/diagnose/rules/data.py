@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
-from renorm.diagnose.rules.calls import REGRESSION, counted, linear, said
+from renorm.diagnose.rules.calls import REGRESSION, counted
+from renorm.diagnose.rules.words import said, shown
 from renorm.diagnose.trace import WEIGHTED, LossCall, Node, kind_of_module, tensors_in
 
 NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "norm"})
@@ -323,7 +324,7 @@ def _makes(node: Node, test: object) -> bool:
 
 
 def _range(tensor: Tensor) -> str:
-    shape = linear(tuple(tensor.shape))
+    shape = shown(tuple(tensor.shape))
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return shape
     low, high = (float(value) for value in entries(tensor).aminmax())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, Run, mapped
-from renorm.diagnose.rules.statistics import called, listed, path
+from renorm.diagnose.rules.words import called, listed, path
 from renorm.diagnose.trace import Node, tensors_in
 
 LAYERS = ("linear", "conv", "conv_transpose")

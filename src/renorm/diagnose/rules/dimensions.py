@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence
-from renorm.diagnose.rules.calls import linear, said
+from renorm.diagnose.rules.words import said, shown
 from renorm.diagnose.trace import Node
 
 # Views that can be done again on numbers of the features.
@@ -68,7 +68,7 @@ def classes_in_another_dimension(evidence: Evidence) -> Iterator[Found]:
             continue
         where = "other positions of the same unit" if still else "a mixture of units and positions"
         yield Found(
-            f"{call.kind} takes dimension 1 of {linear(tuple(numbers.shape))} for the {classes} classes, and that "
+            f"{call.kind} takes dimension 1 of {shown(tuple(numbers.shape))} for the {classes} classes, and that "
             f"holds {where} of {said(node)}",
             module=node.name,
             fix="output.transpose(1, -1)  # classes in dimension 1"
@@ -150,7 +150,7 @@ def view_where_dimensions_change_places(evidence: Evidence) -> Iterator[Found]:
         if isinstance(x, torch.nn.Parameter):
             continue
         yield Found(
-            f"{node.where} makes {linear(tuple(y.shape))} of {linear(tuple(x.shape))}: the same sizes in another "
+            f"{node.where} makes {shown(tuple(y.shape))} of {shown(tuple(x.shape))}: the same sizes in another "
             "order, and the values stay where they were",
             module=node.name,
             fix=f"x.permute({', '.join(map(str, places(tuple(x.shape), tuple(y.shape))))})",

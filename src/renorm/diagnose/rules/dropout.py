@@ -12,7 +12,8 @@ from torch import nn
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence
 from renorm.diagnose.rules.calls import drop, without
-from renorm.diagnose.rules.statistics import called, is_norm, norm_calls, over_channels
+from renorm.diagnose.rules.statistics import is_norm, norm_calls, over_channels
+from renorm.diagnose.rules.words import called
 from renorm.diagnose.trace import Node
 from renorm.norms.norm import Norm
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence
-from renorm.diagnose.rules.calls import linear
 from renorm.diagnose.rules.norms import one_each
-from renorm.diagnose.rules.statistics import NormCall, called, listed, norm_calls
+from renorm.diagnose.rules.statistics import NormCall, norm_calls
+from renorm.diagnose.rules.words import called, listed, shown
 
 ONE_VALUE = "Expected more than 1 value per channel"  # torch's words, and renorm's
 ONE_POSITION = "Expected more than 1 spatial element"
@@ -58,7 +58,7 @@ def few_values_per_channel(evidence: Evidence) -> Iterator[Found]:
         two = least.values <= 2 and bool((least.standardized().abs() > 0.99).float().mean() > 0.9)
         then = "its output is +1 and -1, whatever the input" if two else "mean and variance are mostly noise"
         yield Found(
-            f"{called(least.node)} has {least.values} values per channel, input {linear(tuple(least.input.shape))}: "
+            f"{called(least.node)} has {least.values} values per channel, input {shown(tuple(least.input.shape))}: "
             f"{then}{f' (and so, with fewer than 16: {others})' if others else ''}",
             module=least.node.name,
             fix=as_group(least.node.name, least.node.module),
@@ -113,7 +113,7 @@ def came_in(evidence: Evidence) -> str:
     """The shape that went into the innermost module an error came through, or into the function that raised."""
     failed = evidence.trace.failed
     taken = failed.inputs if failed is not None else evidence.trace.entered[-1] if evidence.trace.entered else ()
-    return linear(tuple(taken[0].shape)) if taken else "unknown"
+    return shown(tuple(taken[0].shape)) if taken else "unknown"
 
 
 def as_group(name: str, module: nn.Module | None) -> str:
@@ -183,7 +183,7 @@ def few_values_per_set(evidence: Evidence) -> Iterator[Found]:
             left = "little of them is left"
         yield Found(
             f"{called(call.node)} normalizes sets of {call.values} value{'s' * (call.values > 1)}, input "
-            f"{linear(tuple(call.input.shape))}: {left}",
+            f"{shown(tuple(call.input.shape))}: {left}",
             module=call.node.name,
             fix=fewer_groups(call),
             severity="error" if call.values == 1 else "warning" if call.values == 2 else "info",

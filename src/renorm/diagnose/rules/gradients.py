@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
 from renorm.diagnose.rules.losses import softmax_over_one
-from renorm.diagnose.rules.parameters import apart, held_by, listed, owner_of
+from renorm.diagnose.rules.parameters import apart, held_by, owner_of
+from renorm.diagnose.rules.words import listed
 from renorm.diagnose.trace import WEIGHTED, Node, tensors_in
 
 # Calls by which values leave the trace.

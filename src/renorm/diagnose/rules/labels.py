@@ -21,10 +21,9 @@ from renorm.diagnose.rules.calls import (
     drop,
     given,
     kind_of,
-    linear,
-    said,
     without,
 )
+from renorm.diagnose.rules.words import said, shown
 from renorm.diagnose.trace import Node, tensors_in
 
 
@@ -59,11 +58,11 @@ def broadcast_loss(evidence: Evidence) -> Iterator[Found]:
         if math.prod(together) > max(one.numel(), other.numel()):
             axis = next((i for i, size in enumerate(shapes[0]) if size == 1), -1)
             yield Found(
-                f"{what} of output {linear(shapes[0])} and target {linear(shapes[1])}: broadcast to "
-                f"{linear(together)}, every output against every target",
+                f"{what} of output {shown(shapes[0])} and target {shown(shapes[1])}: broadcast to "
+                f"{shown(together)}, every output against every target",
                 fix=f"loss(output.squeeze({axis}), target)"
                 if len(shapes[0]) > len(shapes[1])
-                else f"loss(output, target.view{linear(shapes[0])})",
+                else f"loss(output, target.view{shown(shapes[0])})",
             )
 
 
@@ -340,8 +339,8 @@ def labels_as_floats(evidence: Evidence) -> Iterator[Found]:
         indices = target.is_floating_point() and target.dim() == call.input.dim() - 1
         if rows or indices:
             yield Found(
-                f"cross_entropy gets an output {linear(tuple(call.input.shape))} and a target "
-                f"{linear(tuple(target.shape))} "
+                f"cross_entropy gets an output {shown(tuple(call.input.shape))} and a target "
+                f"{shown(tuple(target.shape))} "
                 f"of {str(target.dtype).removeprefix('torch.')}",
                 fix="target.float()  # one-hot rows" if rows else "target.long()  # class indices",
             )

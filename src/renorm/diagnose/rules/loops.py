@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.history import History, Sample
 from renorm.diagnose.rules.curves import evaluated, mean
-from renorm.diagnose.rules.statistics import listed
 from renorm.diagnose.rules.steps import training
+from renorm.diagnose.rules.words import listed
 
 GONE = 1e-7  # of the largest learning rate; a cosine is above that but for the last 0.02% of its steps
 

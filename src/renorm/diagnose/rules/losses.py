@@ -20,12 +20,11 @@ from renorm.diagnose.rules.calls import (
     between,
     drop,
     kind_of,
-    linear,
     normalized_logs,
-    said,
     sums_to_one,
     without,
 )
+from renorm.diagnose.rules.words import said, shown
 
 
 @rule(
@@ -305,7 +304,7 @@ def cross_entropy_of_one_class(evidence: Evidence) -> Iterator[Found]:
         if call.kind == "cross_entropy" and call.input.dim() >= 2 and call.input.shape[1] == 1:
             node = evidence.blame(call.input)
             yield Found(
-                f"cross_entropy over 1 class, input {linear(tuple(call.input.shape))}: the loss is constant, nothing "
+                f"cross_entropy over 1 class, input {shown(tuple(call.input.shape))}: the loss is constant, nothing "
                 "is learnt",
                 module=node.name if node else "",
                 fix="loss = torch.nn.BCEWithLogitsLoss()  # targets as floats, of the shape of the output",
@@ -334,7 +333,7 @@ def softmax_over_one(evidence: Evidence) -> Iterator[Found]:
         returned = len(outputs) == 1 and evidence.blame(outputs[0]) is node
         if values.numel() > 1 and 1 in values.shape and (into_loss or returned) and bool((values == constant).all()):
             yield Found(
-                f"{node.where} is over a dimension of size 1, output {linear(tuple(values.shape))}: it gives "
+                f"{node.where} is over a dimension of size 1, output {shown(tuple(values.shape))}: it gives "
                 f"{constant:g} "
                 "for every sample",
                 module=node.name,

@@ -17,7 +17,8 @@ from renorm.diagnose.rules.dropout import (
     without_dropout,
 )
 from renorm.diagnose.rules.parameters import apart
-from renorm.diagnose.rules.statistics import called, listed, norm_calls, over_channels, path
+from renorm.diagnose.rules.statistics import norm_calls, over_channels
+from renorm.diagnose.rules.words import called, listed, path
 from renorm.diagnose.trace import Node
 from renorm.norms.norm import Norm
 

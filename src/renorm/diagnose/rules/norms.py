@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence
-from renorm.diagnose.rules.calls import drop, linear
-from renorm.diagnose.rules.statistics import NormCall, called, is_norm, listed, norm_call, norm_calls, path
+from renorm.diagnose.rules.calls import drop
+from renorm.diagnose.rules.statistics import NormCall, is_norm, norm_call, norm_calls
+from renorm.diagnose.rules.words import called, listed, path, shown
 from renorm.diagnose.trace import Node
 
 WEIGHTED = ("linear", "conv", "conv_transpose")
@@ -240,7 +241,7 @@ def layer_norm_over_width(evidence: Evidence) -> Iterator[Found]:
             continue
         last = {3: "length", 4: "width", 5: "width"}[x.dim()]
         yield Found(
-            f"{called(call.node)} normalizes the {last} ({x.shape[-1]}) of {linear(tuple(x.shape))}, of which the "
+            f"{called(call.node)} normalizes the {last} ({x.shape[-1]}) of {shown(tuple(x.shape))}, of which the "
             f"{x.shape[1]} channels are dimension 1",
             module=call.node.name,
             fix=f'model.set_submodule("{call.node.name}", torch.nn.GroupNorm(1, {x.shape[1]}))'
@@ -335,7 +336,7 @@ def local_response_norm(evidence: Evidence) -> Iterator[Found]:
     if nodes:
         yield Found(
             f"{listed([called(node) for node in nodes])} is a local response norm, on "
-            f"{linear(tuple(nodes[0].inputs[0].shape))}",
+            f"{shown(tuple(nodes[0].inputs[0].shape))}",
             module=nodes[0].name,
         )
 

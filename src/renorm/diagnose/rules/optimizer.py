@@ -13,7 +13,8 @@ from renorm.diagnose.catalogue import Found, Mended, rule
 from renorm.diagnose.evidence import Evidence
 from renorm.diagnose.hidden import hidden
 from renorm.diagnose.rules.data import is_norm
-from renorm.diagnose.rules.parameters import apart, hand_over, listed, owner_of, tensors
+from renorm.diagnose.rules.parameters import apart, hand_over, owner_of, tensors
+from renorm.diagnose.rules.words import listed
 
 REPLACED = """
 model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))

@@ -33,13 +33,6 @@ def apart(name: str) -> bool:
     return any(part in lower for part in APART) or bool(words & APART_WORDS)
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Some names, for a message."""
-    shown = list(dict.fromkeys(names))
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return ", ".join(shown[:most]) + more
-
-
 def tensors(count: int) -> str:
     """So many tensors, in words."""
     return f"{count} tensor" if count == 1 else f"{count} tensors"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries
 from renorm.diagnose.rules.gradients import DEEP, called_leaves, is_zero
-from renorm.diagnose.rules.parameters import listed, owner_of
+from renorm.diagnose.rules.parameters import owner_of
+from renorm.diagnose.rules.words import listed
 from renorm.diagnose.trace import WEIGHTED
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, forward, preserved
 from renorm.diagnose.hidden import hidden
-from renorm.diagnose.rules.parameters import listed
+from renorm.diagnose.rules.words import listed
 from renorm.diagnose.trace import tensors_in
 
 CARRIED = """

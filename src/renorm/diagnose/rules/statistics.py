@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from renorm.diagnose.trace import Node, Trace
 from renorm.norms.channels import LayerNorm2d
 from renorm.norms.norm import Norm
 
-__all__ = ["NORMS", "NormCall", "called", "is_norm", "listed", "norm_call", "norm_calls", "over_channels", "path"]
+__all__ = ["NORMS", "NormCall", "is_norm", "norm_call", "norm_calls", "over_channels"]
 
 NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "norm")
 _SIGNATURES = {
@@ -173,23 +173,3 @@ def over_channels(call: NormCall, tensor: Tensor) -> tuple[Tensor, Tensor]:
     axis = call.axis % tensor.dim()
     var, mean = torch.var_mean(tensor.detach().float(), [i for i in range(tensor.dim()) if i != axis], correction=0)
     return var, mean
-
-
-def called(node: Node) -> str:
-    """The call in a sentence: the name of its layer, which may be a bare number, with what it is."""
-    if node.module is None:
-        return node.where
-    return f"{node.name} ({type(node.module).__name__})" if node.name else f"the model ({type(node.module).__name__})"
-
-
-def path(name: str) -> str:
-    """A module as code: ``model.stages[0].norm``."""
-    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Names in a sentence, the first few of many."""
-    known = list(dict.fromkeys(names))
-    if len(known) <= most:
-        return ", ".join(known)
-    return f"{', '.join(known[:most])} and {len(known) - most} more"

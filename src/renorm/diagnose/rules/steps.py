@@ -11,7 +11,7 @@ from torch import nn
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.history import History, Sample
-from renorm.diagnose.rules.statistics import listed
+from renorm.diagnose.rules.words import listed
 
 SETTLED = 100  # steps, before which a schedule may still warm up and layers that start at zero are on their way
 FEW = 8  # entries of a matrix

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from renorm.diagnose.catalogue import RULES, Found, rule
 from renorm.diagnose.evidence import Evidence, Run, mapped
-from renorm.diagnose.rules.calls import linear
-from renorm.diagnose.rules.statistics import called, listed, norm_calls, path
+from renorm.diagnose.rules.statistics import norm_calls
+from renorm.diagnose.rules.words import called, listed, path, shown
 from renorm.diagnose.trace import Node, tensors_in
 from renorm.norms.norm import Norm
 
@@ -327,7 +327,7 @@ def does_not_run(evidence: Evidence) -> Iterator[Found]:
     text = text if len(text) <= 300 else text[:297] + "..."
     raised = f"{type(error).__name__}: {text}"
     if evidence.run.stage == "loss":
-        shapes = listed([linear(tuple(y.shape)) for y in evidence.run.outputs]) or "no tensors"
+        shapes = listed([shown(tuple(y.shape)) for y in evidence.run.outputs]) or "no tensors"
         targets = listed([described(t) for t in tensors_in(evidence.target)]) or "none"
         name = trace.failed.kind if trace.failed is not None else "the loss"
         yield Found(f"{name} raises {raised} (output {shapes}, target {targets})", fix=advice(evidence, text, None))
@@ -354,7 +354,7 @@ def explained(evidence: Evidence) -> bool:
 
 def described(x: Tensor) -> str:
     """Shape and dtype."""
-    return f"{linear(tuple(x.shape))} {str(x.dtype).removeprefix('torch.')}"
+    return f"{shown(tuple(x.shape))} {str(x.dtype).removeprefix('torch.')}"
 
 
 def advice(evidence: Evidence, text: str, module: nn.Module | None) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from renorm.diagnose.catalogue import Found, rule
 from renorm.diagnose.evidence import Evidence, entries, mapped
-from renorm.diagnose.rules.calls import REGRESSION, drop, given, said, without
-from renorm.diagnose.rules.parameters import held_by, listed
+from renorm.diagnose.rules.calls import REGRESSION, drop, given, without
+from renorm.diagnose.rules.parameters import held_by
+from renorm.diagnose.rules.words import listed, said
 from renorm.diagnose.trace import LossCall, tensors_in
 
 SIGN = """
