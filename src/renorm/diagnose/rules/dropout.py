@@ -48,8 +48,7 @@ batch = torch.randn(64, 8), torch.randint(4, (64,))
     "warning",
     title="Dropout in front of a batch norm",
     why="Dropout raises the variance of its output in training only. The running variance is that of training; in "
-    "evaluation the batch norm divides by too much, and every layer behind it sees smaller values than it learnt "
-    "from.",
+    "evaluation the batch norm divides by too much, and every layer behind it sees smaller values than it learnt from.",
     fix="Put the dropout behind the last batch norm, or in front of the head.",
     source="Li et al. 2019, arXiv:1801.05134, which finds wide networks to be an exception; the ratio of 1.5 is "
     "calibrated on the clean programs of tests/diagnose",

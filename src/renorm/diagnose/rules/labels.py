@@ -340,7 +340,6 @@ def labels_as_floats(evidence: Evidence) -> Iterator[Found]:
         if rows or indices:
             yield Found(
                 f"cross_entropy gets an output {shown(tuple(call.input.shape))} and a target "
-                f"{shown(tuple(target.shape))} "
-                f"of {str(target.dtype).removeprefix('torch.')}",
+                f"{shown(tuple(target.shape))} of {str(target.dtype).removeprefix('torch.')}",
                 fix="target.float()  # one-hot rows" if rows else "target.long()  # class indices",
             )

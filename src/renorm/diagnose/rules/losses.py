@@ -334,8 +334,7 @@ def softmax_over_one(evidence: Evidence) -> Iterator[Found]:
         if values.numel() > 1 and 1 in values.shape and (into_loss or returned) and bool((values == constant).all()):
             yield Found(
                 f"{node.where} is over a dimension of size 1, output {shown(tuple(values.shape))}: it gives "
-                f"{constant:g} "
-                "for every sample",
+                f"{constant:g} for every sample",
                 module=node.name,
                 fix=f'model.set_submodule("{node.name}", torch.nn.Sigmoid())'
                 if node.module is not None
