@@ -13,7 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
 from renorm.errors import SwapError
 from renorm.norms.batch import BatchRenorm, PowerNorm
-from renorm.norms.norm import Norm, expand_mask
+from renorm.norms.masks import expand_mask
+from renorm.norms.norm import Norm
 from renorm.surgery.find import describe, norms
 
 __all__ = ["Recalibration", "Remeasured", "recalibrate"]
