@@ -39,7 +39,7 @@ def fused_backward(
     merge,
     sets,
     tiles,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -82,7 +82,7 @@ def fused_backward(
         n = tl.maximum(tl.load(stats_ptr + 2 * wide(sets) + index, inside_s, 1.0), 1.0).to(tl.float32)
         x_hat = (x - c[:, None, None]) * slant[:, None, None] + d[:, None, None]
         x_hat = tl.where(real, x_hat, 0.0)
-        p = parameter_of(outer * num_k * merge + k, params, param_div)
+        p = parameter_of(outer * num_k * merge + k, num_params, param_div)
         w = tl.full([SETS, MERGE, B], 1.0, tl.float32)
         if w_ptr is not None:
             if ALONG:
@@ -167,7 +167,7 @@ def lines(
     inside_k,
     merge,
     sets,
-    params,
+    num_params,
     param_div,
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
@@ -180,7 +180,7 @@ def lines(
     w = tl.full([K], 1.0, tl.float64)
     v = tl.zeros([K], tl.float64)
     if not ALONG:
-        p = parameter_of(cell, params, param_div)
+        p = parameter_of(cell, num_params, param_div)
         if w_ptr is not None:
             w = tl.load(w_ptr + p, inside_k, 0.0).to(tl.float64)
         if b_ptr is not None:
@@ -206,7 +206,7 @@ def reduce(
     cells,
     sets,
     splits,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -225,7 +225,7 @@ def reduce(
     inside_k = k < num_k
     cell = outer * num_k + k
     c, slant, d = lines(
-        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, params, param_div, ALONG, ABOUT_ZERO, K
+        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, num_params, param_div, ALONG, ABOUT_ZERO, K
     )
     tiles_b = (num_b + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
@@ -268,7 +268,7 @@ def solve(
     sets,
     splits,
     merge,
-    params,
+    num_params,
     param_div,
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
@@ -302,7 +302,7 @@ def solve(
             tl.store(db_ptr + cell, g1.to(tl.float32), here)
         if not ALONG:
             if w_ptr is not None:
-                w = tl.load(w_ptr + parameter_of(cell, params, param_div), here, 0.0).to(tl.float64)
+                w = tl.load(w_ptr + parameter_of(cell, num_params, param_div), here, 0.0).to(tl.float64)
                 g1 *= w
                 g2 *= w
         s1 += tl.sum(g1, 1)
@@ -345,7 +345,7 @@ def combine(
     merge,
     sets,
     splits,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -363,7 +363,7 @@ def combine(
     inside_k = k < num_k
     cell = outer * num_k + k
     c, slant, d = lines(
-        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, params, param_div, False, ABOUT_ZERO, K
+        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, num_params, param_div, False, ABOUT_ZERO, K
     )
     by_b = tl.load(by_ptr + cell // merge, inside_k, 0.0).to(tl.float32)
     by_d = tl.load(by_ptr + sets + cell // merge, inside_k, 0.0).to(tl.float32)

@@ -27,7 +27,7 @@ def fused_forward(
     num_b,
     merge,
     sets,
-    params,
+    num_params,
     param_div,
     eps,
     slope,
@@ -88,7 +88,7 @@ def fused_forward(
         if b_ptr is not None:
             z += tl.load(b_ptr + b, b < num_b, 0.0).to(tl.float32)[None, None, :]
     else:
-        p = parameter_of(outer * num_k * merge + k, params, param_div)
+        p = parameter_of(outer * num_k * merge + k, num_params, param_div)
         if w_ptr is not None:
             z *= tl.load(w_ptr + p, inside_k, 0.0).to(tl.float32)[:, :, None]
         if b_ptr is not None:
@@ -261,7 +261,7 @@ def apply(
     merge,
     sets,
     splits,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -283,7 +283,7 @@ def apply(
     w = tl.full([K], 1.0, tl.float64)
     v = tl.zeros([K], tl.float64)
     if not ALONG:
-        p = parameter_of(cell, params, param_div)
+        p = parameter_of(cell, num_params, param_div)
         if w_ptr is not None:
             w = tl.load(w_ptr + p, inside_k, 0.0).to(tl.float64)
         if b_ptr is not None:

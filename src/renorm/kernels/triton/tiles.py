@@ -42,9 +42,9 @@ def span(split, splits, total):
 
 
 @triton.jit
-def parameter_of(cell, params, param_div):
+def parameter_of(cell, num_params, param_div):
     """The index of a cell's parameter."""
-    return cell // param_div % params
+    return cell // param_div % num_params
 
 
 @triton.jit
