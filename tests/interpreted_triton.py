@@ -4,6 +4,8 @@ Triton reads TRITON_INTERPRET when it is imported, so these run in a process of 
 """
 
 import math
+import mmap
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +46,8 @@ CASES = [
     Case("n [c] ...", (2, 17, 2, 3), "", about_zero=True),
     Case("n c [...]", (2, 2, 2, 3, 4), ""),
     Case("[n] c", (1, 6), ""),
+    Case("[n] c [...]", (6, 3, 3, 3), ""),
+    Case("(k [b]) (g [c]) [...]", (4, 4, 3, 3), "", (("b", 2), ("g", 2)), "g c"),
 ]
 
 
@@ -239,29 +243,88 @@ def test_rows_longer_than_a_tile_and_more_programs_than_sets():
         compare(x, s, formula(x, s), run(x, s), case.pattern)
 
 
+def loops_of(case):
+    made = native.fit(case.input(torch.float32), case.setting(torch.float32).part, None, None, None, "triton")
+    return launch.loops(made.packed)
+
+
 def test_a_tile_holds_whole_sets_where_it_can():
-    def tile(case, machine=1024):
-        made = native.fit(case.input(torch.float32), case.setting(torch.float32).part, None, None, None, "triton")
-        return launch.fused_tile(launch.loops(made.packed), launch.CHOICES.fused_forward, machine)
+    def tile(case, limit=launch.CHOICES.fused_forward):
+        return launch.fused_tile(loops_of(case), limit)
 
     assert tile(Case("n [c]", (2000, 700), "")) == launch.Tile(2, 1, 1024)
-    assert tile(Case("n [c]", (2000, 16_384), "")) == launch.Tile(1, 1, 16_384)
-    assert tile(Case("n [c]", (8, 16_384), "")) is None  # eight programs for 1024 places
-    assert tile(Case("n [c]", (8, 4_096), "")) == launch.Tile(1, 1, 4_096)
+    assert tile(Case("n [c]", (8, 16_384), "")) == launch.Tile(1, 1, 16_384)
     assert tile(Case("n [c]", (2000, 40_000), "")) is None
     assert tile(Case("[n] c [...]", (4, 8, 3, 3), "")) is None  # a set is not one run
     assert tile(Case("n (g [c]) [...]", (8, 12, 5, 7), "", G3, "g c")) == launch.Tile(8, 4, 64)
-    assert tile(Case("n [c] ...", (2, 64, 8, 8), "")) == launch.Tile(32, 1, 64)
-    assert tile(Case("n [c] ...", (2, 1024, 8, 8), "")) == launch.Tile(16, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 64, 8, 8), "")) == launch.Tile(64, 1, 64)
+    assert tile(Case("n [c] ...", (2, 1024, 8, 8), "")) == launch.Tile(8, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 1024, 8, 8), ""), launch.CHOICES.fused_backward) == launch.Tile(8, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 2048, 8, 8), ""), launch.CHOICES.fused_backward) is None
+
+
+def test_a_small_map_is_visited_by_columns_where_its_rows_are_not_aligned():
+    small = loops_of(Case("[n] c [...]", (17, 6, 3, 3), ""))
+    assert (small.flat, small.row, small.num_k, small.num_b, small.merge, small.param_div) == (
+        True,
+        False,
+        54,
+        17,
+        9,
+        9,
+    )
+    for shape in ((17, 6, 4, 4), (17, 6, 15, 15)):
+        other = loops_of(Case("[n] c [...]", shape, ""))
+        assert (other.flat, other.row, other.num_k, other.merge) == (False, True, 6, 1)
 
 
 def test_every_program_has_work_and_no_step_is_left_out():
     for tiles in (1, 7, 1000):
         for steps in (1, 2, 5, 640):
             for machine in (1, 8, 1056):
-                parts = launch.splits(tiles, steps, machine)
-                assert 1 <= parts <= steps
-                assert parts == 1 or parts * tiles < machine + tiles
+                for waves in (1, 4):
+                    parts = launch.splits(tiles, steps, machine, waves)
+                    assert 1 <= parts <= steps
+                    assert parts == 1 or parts * tiles < waves * machine + tiles
+
+
+# ---- tensors beyond 2^31 entries
+
+
+def far_apart(values: Tensor, step: int) -> Tensor:
+    """The same, samples `step` entries apart, in memory of which only what is touched exists."""
+    size = values.element_size() * (step * (len(values) - 1) + values[0].numel())
+    unreserved = 0x4000  # MAP_NORESERVE of Linux, which Python names from 3.12 on
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    flat = torch.frombuffer(memory, dtype=values.dtype)
+    return flat.as_strided(values.shape, (step, *values.stride()[1:])).copy_(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory that is not there until it is touched")
+@pytest.mark.parametrize("room", ["fused", "in passes"], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [Case("n [c]", (3, 35), ""), Case("[n] c [...]", (3, 4, 2, 5), ""), Case("n [c] ...", (3, 9, 2, 2), "")],
+    ids=named,
+)
+def test_offsets_beyond_32_bits(case, room):
+    """Of entries, not of bytes: 2^30 entries apart, the third sample begins at 2^31."""
+    x, s = case.input(torch.float32), case.setting(torch.float32)
+    far = far_apart(x, 2**30)
+    made = native.fit(far, s.part, s.weight, s.bias, None, "triton")
+    assert made.x_strides == far.stride(), "it would be copied"
+    assert launch.loops(made.packed).wide
+    compare(x, s, formula(x, s), run(far, s))
+
+
+def test_any_layout_with_indices_of_64_bits(monkeypatch):
+    monkeypatch.setattr(launch, "NARROW", 0)
+    launch.loops.cache_clear()
+    for case in CASES[:12:2]:
+        x, s = case.input(torch.float32), case.setting(torch.float32)
+        assert loops_of(case).wide
+        compare(x, s, formula(x, s), run(x, s), case.pattern)
+    launch.loops.cache_clear()
 
 
 # ---- layers
