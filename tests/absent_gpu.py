@@ -1,13 +1,14 @@
-"""A GPU that is not there: launches on meta tensors are compiled for it, as a real one would, and not run."""
+"""A GPU that is not there: launches on meta tensors are compiled for it, as on a real one, and not run."""
 
 import re
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from renorm.kernels import native
 from renorm.kernels.triton import available, launch
 
 
@@ -17,17 +18,8 @@ class Launch:
 
     name: str
     programs: int
-    kernel: object  # what Triton compiled
-    arguments: dict
-
-    @property
-    def key(self) -> tuple:
-        """Equal for launches that share what was compiled."""
-        return self.name, self.kernel.hash
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.kernel.metadata.num_warps
+    kernel: Any  # what Triton compiled
+    arguments: dict[str, Any]
 
     @property
     def ptx(self) -> str:
@@ -38,9 +30,8 @@ class Launch:
         from triton import knobs
 
         path = next(path for path in self.kernel.metadata_group.values() if path.endswith(".cubin"))
-        said = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", path]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
         return found["REG"], found["STACK"] + found["LOCAL"]
 
@@ -51,15 +42,15 @@ class _Driver:
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
-    def get_current_target(self):
+    def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self):
-        return self.capability  # kernels are cached by it
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by it
 
-    def get_current_stream(self, device):
+    def get_current_stream(self, device: int) -> int:
         return 0
 
 
@@ -85,14 +76,14 @@ def absent_gpu(monkeypatch, capability=90, processors=132):
         yield launches
 
 
-def on_it(shape, dtype=torch.bfloat16, *, channels_last=False):
+def on_it(*shape: int, dtype=torch.bfloat16, channels_last=False) -> Tensor:
     """A tensor of the absent GPU, which takes no memory."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
 
-def both_ways(layer, x, *, residual=None, mask=None):
-    """A forward and a backward pass of a layer on it."""
+def both_ways(layer: nn.Module, x: Tensor, *rest: Tensor) -> None:
+    """Forward and backward of a layer on it, or of a call of a layer."""
     x = x.detach().requires_grad_()
-    y = layer.to("meta", x.dtype)(x) if mask is None else layer.to("meta", x.dtype)(x, mask)
+    y = layer.to("meta", x.dtype)(x, *rest)
     y.backward(torch.empty_like(y))
