@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,10 @@ def test_entries_beyond_32_bits_are_counted_in_64(gpu):
 def asked_again():
     """What was found out of this machine is forgotten before and after."""
     available._obstacle.cache_clear()
+    available._ASKED.clear()
     yield
     available._obstacle.cache_clear()
+    available._ASKED.clear()
 
 
 @with_triton
@@ -215,6 +218,32 @@ def test_reasons_against_a_device(asked_again, monkeypatch):
     Probe.error = None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert available.status().startswith("kernels for CUDA tensors")
+
+
+def test_a_graph_that_is_captured_does_not_hold_the_trial(asked_again, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(available.importlib, "import_module", lambda name: Probe)
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert available.obstacle("cuda", 0).startswith("a CUDA graph is being captured, and Triton was not tried before")
+    capturing = False
+    assert available.obstacle("cuda", 0) is None
+    capturing = True
+    assert available.obstacle("cuda", 0) is None
+
+
+@with_triton
+def test_the_trial_compiles_for_a_gpu(gpu, monkeypatch):
+    from renorm.kernels.triton import probe
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    with pytest.raises(RuntimeError, match="meta"):  # there is no sum to look at
+        probe.run(torch.device("meta"))
+    assert [launched.name for launched in gpu] == ["_add"]
 
 
 class Probe:
