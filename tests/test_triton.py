@@ -302,10 +302,12 @@ def test_the_benchmarks_figures(monkeypatch):
     case = bench_gpu.Case("batch", lambda: rn.BatchNorm2d(3), None, (2, 3, 4, 4), passes=2)
     times = {"copy": [10.0] * 4, "renorm forward": [20.0] * 4, "torch forward": [30.0] * 4}
     times |= {"renorm both": [80.0] * 4, "torch both": [40.0] * 4}
-    kernels = {"forward": "triton", "both": "triton"}
-    rows = bench_gpu.rows_of(case, times, kernels, 1_000_000)
-    assert [len(row) + 5 for row in rows] == [len(bench_gpu.HEAD) - 0] * 4
+    rows = bench_gpu.rows_of(case, times, "triton", 0.004, 1_000_000)
+    assert [len(row) + 5 for row in rows] == [len(bench_gpu.HEAD)] * 4
     # Batch norm moves 3 MB forward in 20 us, 150 GB/s, where a copy moves 2 MB in 10 us; 8 MB with backward.
-    assert rows[0] == ["batch", "forward", "renorm", 20.0, 20.0, 20.0, 1.0, 150, 0.75, 200, "triton", "device", 4]
+    assert rows[0][:7] == ["batch", "forward", "renorm", 20.0, 20.0, 20.0, 1.0]
+    assert rows[0][7:] == [150, 0.75, 200, "triton", "0.004", "device", 4]
     assert rows[1][2:7] == ["torch", 30.0, 30.0, 30.0, 1.5]
     assert rows[2][7:10] == [100, 0.5, 200]
+    added = bench_gpu.Case("added", lambda: rn.LayerNorm(3), None, (2, 3), residual=True)
+    assert (bench_gpu.moved(added, "forward"), bench_gpu.moved(added, "both")) == (4, 7)
