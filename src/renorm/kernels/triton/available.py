@@ -21,7 +21,8 @@ _ASKED: set[tuple[str, int]] = set()  # devices that were tried, which no graph 
 
 def obstacle(kind: str, index: int) -> str | None:
     """What keeps the kernels from a device of this kind and number; None where nothing does."""
-    if (kind, index) not in _ASKED and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if (kind, index) not in _ASKED and started and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and Triton was not tried before: run the model once first"
     _ASKED.add((kind, index))
     return _obstacle(kind, index)
