@@ -37,16 +37,17 @@ def fresh_graphs():
 
 
 @pytest.fixture(autouse=True)
-def _on_the_device(monkeypatch):
+def _on_the_device():
     """With RENORM_TEST_DEVICE=cuda, what a test makes without naming a device is there, and drawn as on the CPU."""
     if DEVICE == "cpu":
         yield
         return
-    for name in ("rand", "randn", "randint", "randperm", "normal"):
-        monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rand", "randn", "randint", "randperm", "normal"):
+            patch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
+        torch.set_default_device(DEVICE)
+        yield
+        torch.set_default_device(None)
 
 
 def _drawn_on_the_cpu(function):
