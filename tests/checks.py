@@ -425,7 +425,7 @@ def check_meta(case: Case) -> None:
     with torch.device("meta"):
         layer = case.make()
     assert all(p.is_meta for p in layer.parameters())
-    layer = layer.to_empty(device="cpu")
+    layer = layer.to_empty(device=torch.get_default_device())
     layer.load_state_dict(case.layer().state_dict())
     assert torch.equal(layer(case.input()), case.layer()(case.input()))
 

@@ -1,9 +1,17 @@
 """The Triton kernels in Triton's interpreter, against the float64 formulas that hold the native ones.
 
 Triton reads TRITON_INTERPRET when it is imported, so these run in a process of their own: `test_triton.py` starts it.
+With RENORM_TEST_DEVICE=cuda in its place they run on a GPU.
 """
 
+import importlib
 import math
+import mmap
+import os
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +26,9 @@ from renorm.errors import BackendError
 from renorm.kernels import Affine, apart, graph, native, reference, select
 from renorm.kernels.triton import available, launch
 from renorm.pattern import partition
+
+DEVICE = os.environ.get("RENORM_TEST_DEVICE", "cpu")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter, on CPU tensors")
 
 # NumPy warns where a GPU gives infinity or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -44,6 +55,8 @@ CASES = [
     Case("n [c] ...", (2, 17, 2, 3), "", about_zero=True),
     Case("n c [...]", (2, 2, 2, 3, 4), ""),
     Case("[n] c", (1, 6), ""),
+    Case("[n] c [...]", (6, 3, 3, 3), ""),
+    Case("(k [b]) (g [c]) [...]", (4, 4, 3, 3), "", (("b", 2), ("g", 2)), "g c"),
 ]
 
 
@@ -72,6 +85,8 @@ def _by_triton(monkeypatch):
 @pytest.fixture(autouse=True)
 def _rounding(monkeypatch):
     """The interpreter cuts off what bfloat16 has no room for; a GPU, as torch, rounds to the nearest."""
+    if DEVICE != "cpu":
+        return
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -239,29 +254,134 @@ def test_rows_longer_than_a_tile_and_more_programs_than_sets():
         compare(x, s, formula(x, s), run(x, s), case.pattern)
 
 
+def loops_of(case):
+    made = native.fit(case.input(torch.float32), case.setting(torch.float32).part, None, None, None, "triton")
+    return launch.loops(made.packed)
+
+
 def test_a_tile_holds_whole_sets_where_it_can():
-    def tile(case, machine=1024):
-        made = native.fit(case.input(torch.float32), case.setting(torch.float32).part, None, None, None, "triton")
-        return launch.fused_tile(launch.loops(made.packed), launch.CHOICES.fused_forward, machine)
+    def tile(case, limit=launch.CHOICES.fused_forward):
+        return launch.fused_tile(loops_of(case), limit)
 
     assert tile(Case("n [c]", (2000, 700), "")) == launch.Tile(2, 1, 1024)
-    assert tile(Case("n [c]", (2000, 16_384), "")) == launch.Tile(1, 1, 16_384)
-    assert tile(Case("n [c]", (8, 16_384), "")) is None  # eight programs for 1024 places
-    assert tile(Case("n [c]", (8, 4_096), "")) == launch.Tile(1, 1, 4_096)
+    assert tile(Case("n [c]", (8, 16_384), "")) == launch.Tile(1, 1, 16_384)
     assert tile(Case("n [c]", (2000, 40_000), "")) is None
     assert tile(Case("[n] c [...]", (4, 8, 3, 3), "")) is None  # a set is not one run
     assert tile(Case("n (g [c]) [...]", (8, 12, 5, 7), "", G3, "g c")) == launch.Tile(8, 4, 64)
-    assert tile(Case("n [c] ...", (2, 64, 8, 8), "")) == launch.Tile(32, 1, 64)
-    assert tile(Case("n [c] ...", (2, 1024, 8, 8), "")) == launch.Tile(16, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 64, 8, 8), "")) == launch.Tile(64, 1, 64)
+    assert tile(Case("n [c] ...", (2, 1024, 8, 8), "")) == launch.Tile(8, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 1024, 8, 8), ""), launch.CHOICES.fused_backward) == launch.Tile(8, 1, 1024)
+    assert tile(Case("n [c] ...", (2, 2048, 8, 8), ""), launch.CHOICES.fused_backward) is None
+
+
+def test_a_small_map_is_visited_by_columns_where_its_rows_are_not_aligned():
+    small = loops_of(Case("[n] c [...]", (17, 6, 3, 3), ""))
+    assert (small.flat, small.row, small.num_k, small.num_b, small.merge, small.param_div) == (
+        True,
+        False,
+        54,
+        17,
+        9,
+        9,
+    )
+    for shape in ((17, 6, 4, 4), (17, 6, 15, 15)):
+        other = loops_of(Case("[n] c [...]", shape, ""))
+        assert (other.flat, other.row, other.num_k, other.merge) == (False, True, 6, 1)
 
 
 def test_every_program_has_work_and_no_step_is_left_out():
     for tiles in (1, 7, 1000):
         for steps in (1, 2, 5, 640):
             for machine in (1, 8, 1056):
-                parts = launch.splits(tiles, steps, machine)
-                assert 1 <= parts <= steps
-                assert parts == 1 or parts * tiles < machine + tiles
+                for waves in (1, 4):
+                    parts = launch.splits(tiles, steps, machine, waves)
+                    assert 1 <= parts <= steps
+                    assert parts == 1 or parts * tiles < waves * machine + tiles
+
+
+# ---- tensors beyond 2^31 entries
+
+
+def far_apart(values: Tensor, step: int) -> Tensor:
+    """The same, samples `step` entries apart, in memory of which only what is touched exists."""
+    size = step * (len(values) - 1) + values[0].numel()
+    if DEVICE != "cpu":  # there is memory enough
+        return (
+            torch.empty(size, dtype=values.dtype).as_strided(values.shape, (step, *values.stride()[1:])).copy_(values)
+        )
+    size *= values.element_size()
+    unreserved = 0x4000  # MAP_NORESERVE of Linux, which Python names from 3.12 on
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    flat = torch.frombuffer(memory, dtype=values.dtype)
+    return flat.as_strided(values.shape, (step, *values.stride()[1:])).copy_(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory that is not there until it is touched")
+@pytest.mark.parametrize("room", ["fused", "in passes"], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [Case("n [c]", (3, 35), ""), Case("[n] c [...]", (3, 4, 2, 5), ""), Case("n [c] ...", (3, 9, 2, 2), "")],
+    ids=named,
+)
+def test_offsets_beyond_32_bits(case, room):
+    """Of entries, not of bytes: 2^30 entries apart, the third sample begins at 2^31."""
+    x, s = case.input(torch.float32), case.setting(torch.float32)
+    far = far_apart(x, 2**30)
+    made = native.fit(far, s.part, s.weight, s.bias, None, "triton")
+    assert made.x_strides == far.stride(), "it would be copied"
+    assert launch.loops(made.packed).wide
+    compare(x, s, formula(x, s), run(far, s))
+
+
+def test_any_layout_with_indices_of_64_bits(monkeypatch):
+    monkeypatch.setattr(launch, "NARROW", 0)
+    launch.loops.cache_clear()
+    for case in CASES[:12:2]:
+        x, s = case.input(torch.float32), case.setting(torch.float32)
+        assert loops_of(case).wide
+        compare(x, s, formula(x, s), run(x, s), case.pattern)
+    launch.loops.cache_clear()
+
+
+# ---- the benchmark, on the CPU
+
+
+@interpreted
+def test_the_benchmark_measures_keeps_and_goes_on(monkeypatch, tmp_path, capsys):
+    """Everything but CUDA's clock and compiler."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    bench = importlib.import_module("bench_gpu")
+    small = [replace(case, shape=(4, *case.shape[1:])) for case in bench.small()[:1]]
+    norms = {"LayerNorm": rn.LayerNorm, "RMSNorm": rn.RMSNorm}
+    cases = [bench.Case(name, lambda of=of: of(16), lambda of=of: of(16), (8, 16)) for name, of in norms.items()]
+    cases += [*small, bench.Case("no twin", lambda: rn.FRN(3), None, (2, 3, 4, 4), channels_last=True)]
+    cases += [bench.Case("added", lambda: bench.Added(rn.LayerNorm(16), (8, 16)), None, (8, 16), residual=True)]
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "gpu.csv")
+    for clock in ("on_the_device", "on_the_host"):
+        monkeypatch.setattr(bench, clock, lambda call, other: (call(), 1.0)[1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch, "compile", lambda layer, mode: layer)
+    options = Namespace(rounds=2, budget=1e9, save=True, again=False)
+    for budget, left in ((0, "5 cases are left"), (1e9, "nothing is left")):
+        bench.run(list(cases), Namespace(**vars(options) | {"budget": budget}))
+        assert left in capsys.readouterr().out
+    kept = bench.read(bench.RESULTS)
+    assert {row[0] for row in kept} == {case.name for case in cases}
+    assert {row[10] for row in kept if row[2] == "renorm"} == {"triton"}
+    assert {row[2] for row in kept if row[0] == "LayerNorm"} == {"renorm", "torch", "compiled"}
+    monkeypatch.setattr(bench, "measure", None)  # which is not asked again
+    bench.run(list(cases), options)
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "gpu.csv")
+    monkeypatch.setattr(bench, "measure", lambda case, rounds: ({**FOUR}, "triton", math.nan))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    with pytest.raises(SystemExit, match="RMSNorm is off by nan"):
+        bench.run(cases[1:2], Namespace(**vars(options) | {"again": True}))
+    assert len(bench.read(bench.RESULTS)) == len(kept) - 4, "rows of the case are replaced: two for six"
+
+
+FOUR = {name: [1.0, 2.0] for name in ("copy", "renorm forward", "renorm both")}
 
 
 # ---- layers
@@ -325,6 +445,7 @@ def test_a_residual_through_a_layer():
     assert "kernel=triton" in repr(layer)
 
 
+@interpreted
 def test_empty_inputs_and_other_dtypes_are_refused_by_name_and_the_reference_serves():
     for x, reason in (
         (torch.zeros(0, 5), "the input has no entries"),
@@ -339,6 +460,7 @@ def test_empty_inputs_and_other_dtypes_are_refused_by_name_and_the_reference_ser
         rn.LayerNorm(5, backend="triton", dtype=torch.float64)(torch.zeros(2, 5))
 
 
+@interpreted
 def test_the_automatic_choice_on_the_cpu_is_not_the_interpreter():
     assert rn.LayerNorm(8).kernel(torch.zeros(2, 8)) != "triton"
     assert rn.Norm("n [c] ...", c=8).kernel(torch.zeros(2, 8, 3)) != "triton"
@@ -412,7 +534,7 @@ def test_the_operator_passes_torchs_own_checks():
 
 
 def test_reasons_against():
-    assert available.why_not(torch.zeros(2)) is None
+    assert available.why_not(torch.zeros(2)) is None, "the kernels would not run at all"
     assert available.obstacle("mps", 0) == "the input is on mps"
     assert available.why_not(torch.zeros(2, dtype=torch.int64)) == "the input is torch.int64"
 

@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from absent_gpu import absent_gpu, both_ways, on_it
 from torch._subclasses import FakeTensorMode
 
 import renorm as rn
@@ -32,77 +34,116 @@ def test_the_kernels_in_the_interpreter():
 # ---- compiled
 
 
-NUMBERS = {"num_k": 64, "tiles_k": 2, "num_a": 3, "num_b": 4096, "merge": 1, "sets": 1000}
-ROW, COLUMN = (0, 1, 64, 4096, 0, 0, 0), (0, 64, 1, 4096, 0, 0, 0)
-WIDE = ("stats_ptr", "affine_ptr", "parts_ptr", "by_ptr", "daffine_ptr")  # float64
-GRADIENTS = ("dw_ptr", "db_ptr")
+@pytest.fixture
+def gpu(tmp_path_factory, monkeypatch):
+    """Launches on an H200 that is not there."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+    with absent_gpu(monkeypatch) as launches:
+        yield launches
 
 
-def compiled(function, strides, dtype, absent, constants):
-    """PTX for an H100, as a launch on aligned tensors of such strides would compile it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_it
-
-    signature, known, attributes = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in constants or name in absent or NUMBERS.get(name) == 1:
-            signature[name], known[(i,)] = "constexpr", constants.get(name, NUMBERS.get(name))
-        elif name in ("sizes", "xs", "ys", "ms"):
-            values = (64, 1, 1) if name == "sizes" else strides
-            signature[name] = tuple("constexpr" if value == 1 else "i32" for value in values)
-            for j, value in enumerate(values):
-                if value == 1:
-                    known[(i, j)] = 1
-                else:
-                    attributes[(i, j)] = [["tt.divisibility", 16]]
-        else:
-            kinds = {"eps": "fp32", "slope": "fp32", "mask_ptr": "*i1"}
-            kinds |= dict.fromkeys(WIDE, "*fp64") | dict.fromkeys(GRADIENTS, "*fp32")
-            signature[name] = kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-            if name.endswith("_ptr") or NUMBERS.get(name, 1) % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs=known, attrs=attributes)
-    return compile_it(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+def layer(name, *arguments, **options):
+    """A layer by Triton."""
+    return getattr(rn, name)(*arguments, backend="triton", **options)
 
 
-PLAIN = ("mask_ptr", "affine_ptr", "residual_ptr", "total_ptr", "dsum_ptr")
-ROWS, COLUMNS = {"K": 1, "B": 2048}, {"K": 64, "B": 32}
-ONE_ROW, SOME_COLUMNS = {"SETS": 1, "MERGE": 1, "B": 2048}, {"SETS": 32, "MERGE": 1, "B": 64}
-# (kernel, its tile, what is absent): with everything and with nothing, contiguous in either way.
+ROWS_512, IMAGES = (262_144, 512), (256, 64, 112, 112)
+# (layer, shape, channels_last): in one pass and in several, rows and columns, parameters along the sets or not.
 COMPILED = [
-    *(("fused_forward", tile, absent) for tile in (ONE_ROW, SOME_COLUMNS) for absent in (PLAIN, ())),
-    *(("fused_backward", tile, absent) for tile in (ONE_ROW, SOME_COLUMNS) for absent in (PLAIN, ())),
-    *((name, tile, PLAIN) for name in ("measure", "apply", "reduce", "combine") for tile in (ROWS, COLUMNS)),
-    *((name, ROWS, ()) for name in ("measure", "apply", "reduce", "combine", "combine_along")),
-    ("combine_along", COLUMNS, PLAIN),
-    ("finish", {"SETS": 2, "PARTS": 64}, ()),
-    ("solve", {"SETS": 4, "MERGE": 32}, ()),
+    (("LayerNorm", 512), ROWS_512, False),
+    (("LayerNorm", 4096), (32_768, 4096), False),
+    (("LayerNorm", 16_384), (8192, 16_384), False),
+    (("LayerNorm", 40_000), (64, 40_000), False),
+    (("RMSNorm", 2048), (65_536, 2048), False),
+    (("BatchNorm2d", 64), IMAGES, False),
+    (("BatchNorm2d", 64), IMAGES, True),
+    (("BatchNorm2d", 2048), (256, 2048, 7, 7), False),
+    (("GroupNorm", 32, 2048), (256, 2048, 16, 16), False),
+    (("GroupNorm", 32, 2048), (256, 2048, 16, 16), True),
+    (("GroupNorm", 32, 64), (8, 64, 512, 512), True),
+    (("InstanceNorm2d", 64), IMAGES, False),
+    (("LayerNorm2d", 64), IMAGES, False),
+    (("LayerNorm2d", 2048), (256, 2048, 16, 16), False),
+    (("SwitchNorm2d", 64), IMAGES, False),
 ]
+SPILT = {((1, 1, 16_384), "fused_backward"): 128}  # bytes a thread; see `launch.Choices.fused_backward`
 
 
 @with_triton
-@pytest.mark.parametrize(("name", "tile", "absent"), COMPILED)
-def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_once(name, tile, absent, tmp_path, monkeypatch):
-    """Without atomics, registers enough, and wide loads: Triton knows what is contiguous."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from renorm.kernels.triton import backward, forward
+@pytest.mark.parametrize(("made", "shape", "last"), COMPILED, ids=[f"{m[0]} {s}{' last' * c}" for m, s, c in COMPILED])
+def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_once(gpu, made, shape, last):
+    """As they are launched there: without atomics, registers enough for 16 warps, and wide loads."""
+    both_ways(layer(*made), on_it(*shape, channels_last=last))
+    assert gpu
+    for launched in gpu:
+        assert "atom." not in launched.ptx
+        assert "red." not in re.sub(r"shared\.", "", launched.ptx)
+        registers, spilt = launched.resources()
+        tile = tuple(launched.arguments.get(name) for name in ("SETS", "MERGE", "B"))
+        assert spilt <= SPILT.get((tile, launched.name), 0), f"{launched.name} spills {spilt} bytes"
+        assert registers * 32 * max(16, launched.kernel.metadata.num_warps) <= 65_536, (launched.name, registers)
+        assert launched.programs < 2**31
+        if launched.name not in ("finish", "solve"):
+            assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", launched.ptx), f"{launched.name} reads less at once"
 
-    function = getattr(forward if hasattr(forward, name) else backward, name)
-    constants = tile | {
-        "ALONG": name in ("fused_forward", "fused_backward"),
-        "ABOUT_ZERO": False,
-        "ACT": 3,
-        "FIXED": False,
-    }
-    constants = {key: value for key, value in constants.items() if key in function.arg_names}
-    strides = COLUMN if tile in (COLUMNS, SOME_COLUMNS) else ROW
-    ptx = compiled(function, strides, "bf16", absent, constants)
-    assert "atom." not in ptx
-    assert "red." not in re.sub(r"shared\.", "", ptx)
-    assert ".local" not in ptx, "registers are spilt"
-    if name not in ("finish", "solve"):
-        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx), "x is not read 16 bytes at a time"
+
+@with_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_they_compile_with_a_mask_an_activation_and_a_residual(gpu, dtype, last):
+    mask = torch.empty(8, 1, 14, 14, dtype=torch.bool, device="meta")
+    for make in (
+        lambda **o: layer("GroupNorm", 2, 64, **o),
+        lambda **o: layer("BatchNorm2d", 64, **o),
+        lambda **o: layer("LayerNorm2d", 64, **o),
+    ):
+        x = on_it(8, 64, 14, 14, dtype=dtype, channels_last=last)
+        for activation in ("gelu", "leaky_relu"):
+            normed = make(activation=activation).to("meta", dtype)
+            both_ways(normed, x, mask)
+            y, total = normed.add(x.requires_grad_(), torch.empty_like(x))
+            torch.autograd.backward([y, total], [torch.empty_like(y), torch.empty_like(y)])
+    names = {launched.name for launched in gpu}
+    assert {"fused_forward", "fused_backward"} <= names
+    assert last or {"measure", "finish", "apply", "reduce", "solve", "combine"} <= names
+
+
+@with_triton
+def test_they_compile_for_an_a100(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with absent_gpu(monkeypatch, capability=80, processors=108) as launches:
+        both_ways(layer("LayerNorm", 4096), on_it(8192, 4096))
+        both_ways(layer("BatchNorm2d", 64), on_it(64, 64, 56, 56))
+    for launched in launches:
+        assert ".target sm_80" in launched.ptx
+        assert launched.resources()[1] == 0
+
+
+@with_triton
+def test_a_batch_of_another_size_needs_few_compilations(gpu):
+    """Batches differ from step to step; what a kernel is compiled for must not."""
+    for batch in range(9, 80):
+        both_ways(layer("BatchNorm2d", 64), on_it(batch, 64, 14, 14))
+        both_ways(layer("LayerNorm", 768), on_it(batch, 50, 768))
+    compiled = {}
+    for launched in gpu:
+        compiled.setdefault(launched.name, set()).add(launched.kernel.hash)
+    counts = {name: len(kernels) for name, kernels in compiled.items()}
+    assert counts.pop("finish") <= 8, "a power of 2 for the number of parts"
+    assert counts.pop("solve") <= 8
+    assert max(counts.values()) <= 4, counts
+
+
+@with_triton
+def test_entries_beyond_32_bits_are_counted_in_64(gpu):
+    for rows, wide in ((2**21 - 128, False), (2**21, True)):
+        both_ways(layer("LayerNorm", 1024), on_it(rows, 1024))
+        both_ways(layer("BatchNorm1d", 1024), on_it(rows, 1024))
+        assert {launched.arguments["WIDE"] for launched in gpu} == {wide}
+        gpu.clear()
+    x = torch.empty_strided((3, 1024), (2**30, 1), dtype=torch.bfloat16, device="meta")
+    both_ways(layer("LayerNorm", 1024), x)
+    assert gpu[0].arguments["WIDE"], "few entries, but far apart"
 
 
 # ---- who chooses them
@@ -112,8 +153,10 @@ def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_once(name, tile, abs
 def asked_again():
     """What was found out of this machine is forgotten before and after."""
     available._obstacle.cache_clear()
+    available._ASKED.clear()
     yield
     available._obstacle.cache_clear()
+    available._ASKED.clear()
 
 
 @with_triton
@@ -177,6 +220,32 @@ def test_reasons_against_a_device(asked_again, monkeypatch):
     assert available.status().startswith("kernels for CUDA tensors")
 
 
+def test_a_graph_that_is_captured_does_not_hold_the_trial(asked_again, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(available.importlib, "import_module", lambda name: Probe)
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert available.obstacle("cuda", 0).startswith("a CUDA graph is being captured, and Triton was not tried before")
+    capturing = False
+    assert available.obstacle("cuda", 0) is None
+    capturing = True
+    assert available.obstacle("cuda", 0) is None
+
+
+@with_triton
+def test_the_trial_compiles_for_a_gpu(gpu, monkeypatch):
+    from renorm.kernels.triton import probe
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    with pytest.raises(RuntimeError, match="meta"):  # there is no sum to look at
+        probe.run(torch.device("meta"))
+    assert [launched.name for launched in gpu] == ["_add"]
+
+
 class Probe:
     """In place of the module that compiles a kernel."""
 
@@ -233,10 +302,12 @@ def test_the_benchmarks_figures(monkeypatch):
     case = bench_gpu.Case("batch", lambda: rn.BatchNorm2d(3), None, (2, 3, 4, 4), passes=2)
     times = {"copy": [10.0] * 4, "renorm forward": [20.0] * 4, "torch forward": [30.0] * 4}
     times |= {"renorm both": [80.0] * 4, "torch both": [40.0] * 4}
-    kernels = {"forward": "triton", "both": "triton"}
-    rows = bench_gpu.rows_of(case, times, kernels, 1_000_000)
-    assert [len(row) + 5 for row in rows] == [len(bench_gpu.HEAD) - 0] * 4
+    rows = bench_gpu.rows_of(case, times, "triton", 0.004, 1_000_000)
+    assert [len(row) + 5 for row in rows] == [len(bench_gpu.HEAD)] * 4
     # Batch norm moves 3 MB forward in 20 us, 150 GB/s, where a copy moves 2 MB in 10 us; 8 MB with backward.
-    assert rows[0] == ["batch", "forward", "renorm", 20.0, 20.0, 20.0, 1.0, 150, 0.75, 200, "triton", "device", 4]
+    assert rows[0][:7] == ["batch", "forward", "renorm", 20.0, 20.0, 20.0, 1.0]
+    assert rows[0][7:] == [150, 0.75, 200, "triton", "0.004", "device", 4]
     assert rows[1][2:7] == ["torch", 30.0, 30.0, 30.0, 1.5]
     assert rows[2][7:10] == [100, 0.5, 200]
+    added = bench_gpu.Case("added", lambda: rn.LayerNorm(3), None, (2, 3), residual=True)
+    assert (bench_gpu.moved(added, "forward"), bench_gpu.moved(added, "both")) == (4, 7)

@@ -1,5 +1,8 @@
 """Every zoo entry through every check."""
 
+import contextlib
+import os
+
 import cases
 import checks
 import pytest
@@ -7,6 +10,7 @@ import table_of_checks
 from torch import nn
 
 import renorm as rn
+from renorm.errors import BackendError
 from renorm.kernels import extension, select
 
 PAIRS = [
@@ -28,6 +32,25 @@ def test_zoo_natively(case, check, monkeypatch):
     if extension.module() is None:
         pytest.skip(extension.status())
     monkeypatch.setattr(select, "faster", lambda *_: True)
+    check(case)
+
+
+BY_TRITON = os.environ.get("RENORM_TEST_DEVICE", "cpu") != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter, where a GPU gives infinity or NaN
+@pytest.mark.parametrize(("case", "check"), PAIRS if BY_TRITON else [])
+def test_zoo_by_triton(case, check, monkeypatch):
+    """On a GPU, or in Triton's interpreter: with its kernels wherever they can run."""
+    choose = select.choose
+
+    def triton_first(*arguments, **options):
+        if options.get("backend", "auto") == "auto":
+            with contextlib.suppress(BackendError):
+                return choose(*arguments, **options | {"backend": "triton"})
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(select, "choose", triton_first)
     check(case)
 
 

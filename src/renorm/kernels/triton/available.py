@@ -16,10 +16,15 @@ __all__ = ["DTYPES", "obstacle", "status", "traceable", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)  # the least of an NVIDIA GPU that Triton compiles for
+_ASKED: set[tuple[str, int]] = set()  # devices that were tried, which no graph may capture
 
 
 def obstacle(kind: str, index: int) -> str | None:
     """What keeps the kernels from a device of this kind and number; None where nothing does."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if (kind, index) not in _ASKED and started and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and Triton was not tried before: run the model once first"
+    _ASKED.add((kind, index))
     return _obstacle(kind, index)
 
 

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from renorm.kernels.triton.tiles import (
+    ROUGH,
     cell_line,
+    counted,
     derivative,
     offset_of,
     parameter_of,
@@ -21,7 +23,7 @@ from renorm.kernels.triton.tiles import (
 __all__ = ["combine", "combine_along", "fused_backward", "reduce", "solve"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_k", "sets", "tiles"], do_not_specialize_on_alignment=ROUGH)
 def fused_backward(
     x_ptr,
     dy_ptr,
@@ -39,7 +41,7 @@ def fused_backward(
     merge,
     sets,
     tiles,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -49,57 +51,64 @@ def fused_backward(
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
     ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DENSE: tl.constexpr,  # x lies as y
+    FULL: tl.constexpr,  # as in forward
     SETS: tl.constexpr,
     MERGE: tl.constexpr,
     B: tl.constexpr,
 ):
     """All gradients of neighbouring tiles of SETS x MERGE cells x B entries."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = counted(tl.program_id(0), WIDE)
     m = tl.arange(0, MERGE)
-    b = tl.arange(0, B).to(tl.int64)
-    dw = tl.zeros([B], tl.float32)
-    db = tl.zeros([B], tl.float32)
-    low, high = span(pid, tl.num_programs(0), wide(tiles))
+    b = counted(tl.arange(0, B), WIDE)
+    dw = tl.zeros([SETS, MERGE, B], tl.float32)
+    db = tl.zeros([SETS, MERGE, B], tl.float32)
+    low, high = span(pid, tl.num_programs(0), tiles)
     for tile in range(low, high):
-        outer, s = place(tile, num_k, tiles_k, SETS)
+        outer, s = place(counted(tile, WIDE), num_k, tiles_k, SETS)
         k = s[:, None] * merge + m[None, :]
         inside_s = s < num_k
         inside_k = inside_s[:, None] & (m < merge)[None, :]
         real = inside_k[:, :, None] & (b < num_b)[None, None, :]
         inside = real
         y_offset = offset_of(outer, sizes, ys) + k[:, :, None] * ys[2] + b[None, None, :] * ys[1]
-        x_offset = offset_of(outer, sizes, xs) + k[:, :, None] * xs[2] + b[None, None, :] * xs[1]
+        x_offset = y_offset
+        if not DENSE:
+            x_offset = offset_of(outer, sizes, xs) + k[:, :, None] * xs[2] + b[None, None, :] * xs[1]
         x = tl.load(x_ptr + x_offset, inside, 0.0).to(tl.float32)
         g = tl.load(dy_ptr + y_offset, inside, 0.0).to(tl.float32)
         if mask_ptr is not None:
             m_offset = offset_of(outer, sizes, ms) + k[:, :, None] * ms[2] + b[None, None, :] * ms[1]
             real = real & (tl.load(mask_ptr + m_offset, inside, 0) != 0)
-            g = tl.where(real, g, 0.0)
         index = outer * num_k + s
         _, scale, center, shift = cell_line(stats_ptr, None, index, sets, inside_s, ABOUT_ZERO)
         one = tl.full([SETS], 1.0, tl.float64)
         c, slant, d = rounded_line(center, scale, center, shift, one, tl.zeros([SETS], tl.float64))
         n = tl.maximum(tl.load(stats_ptr + 2 * wide(sets) + index, inside_s, 1.0), 1.0).to(tl.float32)
-        x_hat = (x - c[:, None, None]) * slant[:, None, None] + d[:, None, None]
-        x_hat = tl.where(real, x_hat, 0.0)
-        p = parameter_of(outer * num_k * merge + k, params, param_div)
+        p = parameter_of(outer * num_k * merge + k, num_params, param_div)
         w = tl.full([SETS, MERGE, B], 1.0, tl.float32)
+        v = tl.zeros([SETS, MERGE, B], tl.float32)
         if w_ptr is not None:
             if ALONG:
                 w *= tl.load(w_ptr + b, b < num_b, 0.0).to(tl.float32)[None, None, :]
             else:
                 w *= tl.load(w_ptr + p, inside_k, 0.0).to(tl.float32)[:, :, None]
-        if ACT != 0:
-            z = x_hat * w
-            if b_ptr is not None:
+        if b_ptr is not None:
+            if ACT != 0:
                 if ALONG:
-                    z += tl.load(b_ptr + b, b < num_b, 0.0).to(tl.float32)[None, None, :]
+                    v += tl.load(b_ptr + b, b < num_b, 0.0).to(tl.float32)[None, None, :]
                 else:
-                    z += tl.load(b_ptr + p, inside_k, 0.0).to(tl.float32)[:, :, None]
-            g *= derivative(z, slope, ACT)
+                    v += tl.load(b_ptr + p, inside_k, 0.0).to(tl.float32)[:, :, None]
+        x_hat = (x - c[:, None, None]) * slant[:, None, None] + d[:, None, None]
+        if not FULL:
+            x_hat = tl.where(real, x_hat, 0.0)
+            g = tl.where(real, g, 0.0)
+        if ACT != 0:
+            g *= derivative(x_hat * w + v, slope, ACT)
         if ALONG:
-            dw += tl.sum(tl.sum(g * x_hat, 0), 0)
-            db += tl.sum(tl.sum(g, 0), 0)
+            dw += g * x_hat
+            db += g
         else:
             cell = outer * num_k * merge + k
             if dw_ptr is not None:
@@ -113,15 +122,17 @@ def fused_backward(
             g -= x_hat * second[:, None, None]
             if not ABOUT_ZERO:
                 g -= first[:, None, None]
-            dx = tl.where(real, g * slant[:, None, None], 0.0)
+            dx = g * slant[:, None, None]
+            if mask_ptr is not None:
+                dx = tl.where(real, dx, 0.0)
             if dsum_ptr is not None:
                 dx += tl.load(dsum_ptr + y_offset, inside, 0.0).to(tl.float32)
             tl.store(dx_ptr + y_offset, dx.to(dx_ptr.dtype.element_ty), inside)
     if ALONG:
         if dw_ptr is not None:
-            tl.store(dw_ptr + pid * num_b + b, dw, b < num_b)
+            tl.store(dw_ptr + pid * num_b + b, tl.sum(tl.sum(dw, 0), 0), b < num_b)
         if db_ptr is not None:
-            tl.store(db_ptr + pid * num_b + b, db, b < num_b)
+            tl.store(db_ptr + pid * num_b + b, tl.sum(tl.sum(db, 0), 0), b < num_b)
 
 
 @triton.jit
@@ -167,7 +178,7 @@ def lines(
     inside_k,
     merge,
     sets,
-    params,
+    num_params,
     param_div,
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
@@ -180,7 +191,7 @@ def lines(
     w = tl.full([K], 1.0, tl.float64)
     v = tl.zeros([K], tl.float64)
     if not ALONG:
-        p = parameter_of(cell, params, param_div)
+        p = parameter_of(cell, num_params, param_div)
         if w_ptr is not None:
             w = tl.load(w_ptr + p, inside_k, 0.0).to(tl.float64)
         if b_ptr is not None:
@@ -188,7 +199,7 @@ def lines(
     return rounded_line(mean, scale, center, shift, w, v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_k", "cells", "sets", "splits"], do_not_specialize_on_alignment=ROUGH)
 def reduce(
     x_ptr,
     dy_ptr,
@@ -206,7 +217,7 @@ def reduce(
     cells,
     sets,
     splits,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -216,18 +227,20 @@ def reduce(
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
     ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DENSE: tl.constexpr,
     K: tl.constexpr,
     B: tl.constexpr,
 ):
     """The sums of a part of each cell of a tile."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = counted(tl.program_id(0), WIDE)
     outer, k = place(pid // splits, num_k, tiles_k, K)
     inside_k = k < num_k
     cell = outer * num_k + k
     c, slant, d = lines(
-        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, params, param_div, ALONG, ABOUT_ZERO, K
+        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, num_params, param_div, ALONG, ABOUT_ZERO, K
     )
-    tiles_b = (num_b + B - 1) // B
+    tiles_b = (counted(num_b, WIDE) + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
     x_base = offset_of(outer, sizes, xs)
     y_base = offset_of(outer, sizes, ys)
@@ -237,11 +250,15 @@ def reduce(
     s1 = tl.zeros([K, B], tl.float32)
     s2 = tl.zeros([K, B], tl.float32)
     for step in range(low, high):
-        b = step % tiles_b * B + tl.arange(0, B)
-        a = step // tiles_b
+        b = counted(step, WIDE) % tiles_b * B + tl.arange(0, B)
+        a = counted(step, WIDE) // tiles_b
         real = inside_k[:, None] & (b < num_b)[None, :]
-        x = tl.load(x_ptr + x_base + a * xs[0] + (k * xs[2])[:, None] + (b * xs[1])[None, :], real, 0.0)
-        g = tl.load(dy_ptr + y_base + a * ys[0] + (k * ys[2])[:, None] + (b * ys[1])[None, :], real, 0.0)
+        y_offset = y_base + a * ys[0] + (k * ys[2])[:, None] + (b * ys[1])[None, :]
+        x_offset = y_offset
+        if not DENSE:
+            x_offset = x_base + a * xs[0] + (k * xs[2])[:, None] + (b * xs[1])[None, :]
+        x = tl.load(x_ptr + x_offset, real, 0.0)
+        g = tl.load(dy_ptr + y_offset, real, 0.0)
         if mask_ptr is not None:
             offset = m_base + a * ms[0] + (k * ms[2])[:, None] + (b * ms[1])[None, :]
             real = real & (tl.load(mask_ptr + offset, real, 0) != 0)
@@ -249,12 +266,12 @@ def reduce(
         g *= w
         s1 += g
         s2 += g * x
-    at = parts_ptr + pid % splits * cells + cell
+    at = parts_ptr + wide(pid % splits) * cells + cell
     tl.store(at, tl.sum(s1, 1), inside_k)
     tl.store(at + wide(splits) * cells, tl.sum(s2, 1), inside_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cells", "sets", "splits"], do_not_specialize_on_alignment=ROUGH)
 def solve(
     parts_ptr,
     stats_ptr,
@@ -268,45 +285,52 @@ def solve(
     sets,
     splits,
     merge,
-    params,
+    num_params,
     param_div,
     ALONG: tl.constexpr,
     ABOUT_ZERO: tl.constexpr,
     FIXED: tl.constexpr,
+    WIDE: tl.constexpr,
     SETS: tl.constexpr,
     MERGE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """From the sums of each cell to the parameters' gradients, and to what dx needs."""
-    index = tl.program_id(0).to(tl.int64) * SETS + tl.arange(0, SETS)
+    index = counted(tl.program_id(0), WIDE) * SETS + tl.arange(0, SETS)
     inside = index < sets
     mean, scale, center, shift = cell_line(stats_ptr, affine_ptr, index, sets, inside, ABOUT_ZERO)
     if ABOUT_ZERO:
         mean = tl.zeros([SETS], tl.float64)
     away = center - mean.to(tl.float32).to(tl.float64)
-    s1 = tl.zeros([SETS], tl.float64)
-    scaled = tl.zeros([SETS], tl.float64)
+    first_sum = tl.zeros([SETS, MERGE], tl.float64)
+    second_sum = tl.zeros([SETS, MERGE], tl.float64)
     for first in range(0, merge, MERGE):
         m = first + tl.arange(0, MERGE)
         here = inside[:, None] & (m < merge)[None, :]
         cell = index[:, None] * merge + m[None, :]
-        g1 = tl.zeros([SETS, MERGE], tl.float64)
-        g2 = tl.zeros([SETS, MERGE], tl.float64)
-        for split in range(0, splits):
-            at = parts_ptr + wide(split) * cells + cell
-            g1 += tl.load(at, here, 0.0)
-            g2 += tl.load(at + wide(splits) * cells, here, 0.0)
-        g2 -= away[:, None] * g1
+        g1 = tl.zeros([SETS, MERGE, PARTS], tl.float64)
+        g2 = tl.zeros([SETS, MERGE, PARTS], tl.float64)
+        for part in range(0, splits, PARTS):
+            split = part + tl.arange(0, PARTS)
+            at = parts_ptr + split.to(tl.int64)[None, None, :] * cells + cell[:, :, None]
+            there = here[:, :, None] & (split < splits)[None, None, :]
+            g1 += tl.load(at, there, 0.0)
+            g2 += tl.load(at + wide(splits) * cells, there, 0.0)
+        g1 = tl.sum(g1, 2)
+        g2 = tl.sum(g2, 2) - away[:, None] * g1
         if dw_ptr is not None:
             tl.store(dw_ptr + cell, (scale[:, None] * g2 + shift[:, None] * g1).to(tl.float32), here)
         if db_ptr is not None:
             tl.store(db_ptr + cell, g1.to(tl.float32), here)
         if not ALONG:
             if w_ptr is not None:
-                w = tl.load(w_ptr + parameter_of(cell, params, param_div), here, 0.0).to(tl.float64)
+                w = tl.load(w_ptr + parameter_of(cell, num_params, param_div), here, 0.0).to(tl.float64)
                 g1 *= w
                 g2 *= w
-        s1 += tl.sum(g1, 1)
-        scaled += tl.sum(g2, 1)
+        first_sum += g1
+        second_sum += g2
+    s1 = tl.sum(first_sum, 1)
+    scaled = tl.sum(second_sum, 1)
     if daffine_ptr is not None:
         tl.store(daffine_ptr + index, scaled, inside)
         tl.store(daffine_ptr + sets + index, -scale * s1, inside)
@@ -326,7 +350,7 @@ def solve(
     tl.store(by_ptr + sets + index, d, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_k", "sets", "splits"], do_not_specialize_on_alignment=ROUGH)
 def combine(
     x_ptr,
     dy_ptr,
@@ -345,7 +369,7 @@ def combine(
     merge,
     sets,
     splits,
-    params,
+    num_params,
     param_div,
     slope,
     sizes,
@@ -354,20 +378,22 @@ def combine(
     ms,
     ABOUT_ZERO: tl.constexpr,
     ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DENSE: tl.constexpr,
     K: tl.constexpr,
     B: tl.constexpr,
 ):
     """Write dx."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = counted(tl.program_id(0), WIDE)
     outer, k = place(pid // splits, num_k, tiles_k, K)
     inside_k = k < num_k
     cell = outer * num_k + k
     c, slant, d = lines(
-        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, params, param_div, False, ABOUT_ZERO, K
+        w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, merge, sets, num_params, param_div, False, ABOUT_ZERO, K
     )
     by_b = tl.load(by_ptr + cell // merge, inside_k, 0.0).to(tl.float32)
     by_d = tl.load(by_ptr + sets + cell // merge, inside_k, 0.0).to(tl.float32)
-    tiles_b = (num_b + B - 1) // B
+    tiles_b = (counted(num_b, WIDE) + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
     x_base = offset_of(outer, sizes, xs)
     y_base = offset_of(outer, sizes, ys)
@@ -375,12 +401,15 @@ def combine(
     if mask_ptr is not None:
         m_base = offset_of(outer, sizes, ms)
     for step in range(low, high):
-        b = step % tiles_b * B + tl.arange(0, B)
-        a = step // tiles_b
+        b = counted(step, WIDE) % tiles_b * B + tl.arange(0, B)
+        a = counted(step, WIDE) // tiles_b
         inside = inside_k[:, None] & (b < num_b)[None, :]
         real = inside
         y_offset = y_base + a * ys[0] + (k * ys[2])[:, None] + (b * ys[1])[None, :]
-        x = tl.load(x_ptr + x_base + a * xs[0] + (k * xs[2])[:, None] + (b * xs[1])[None, :], inside, 0.0)
+        x_offset = y_offset
+        if not DENSE:
+            x_offset = x_base + a * xs[0] + (k * xs[2])[:, None] + (b * xs[1])[None, :]
+        x = tl.load(x_ptr + x_offset, inside, 0.0)
         g = tl.load(dy_ptr + y_offset, inside, 0.0)
         if mask_ptr is not None:
             offset = m_base + a * ms[0] + (k * ms[2])[:, None] + (b * ms[1])[None, :]
@@ -392,7 +421,7 @@ def combine(
         tl.store(dx_ptr + y_offset, dx.to(dx_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_k", "sets", "tiles", "splits"], do_not_specialize_on_alignment=ROUGH)
 def combine_along(
     x_ptr,
     dy_ptr,
@@ -419,32 +448,36 @@ def combine_along(
     ms,
     ABOUT_ZERO: tl.constexpr,
     ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DENSE: tl.constexpr,
     K: tl.constexpr,
     B: tl.constexpr,
 ):
     """The same where the parameters run along: a program stays with its entries and sums their gradients over cells."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = counted(tl.program_id(0), WIDE)
     b = pid // splits * B + tl.arange(0, B)
-    low, high = span(pid % splits, splits, wide(tiles))
-    dw = tl.zeros([B], tl.float32)
-    db = tl.zeros([B], tl.float32)
+    low, high = span(pid % splits, splits, tiles)
+    dw = tl.zeros([K, B], tl.float32)
+    db = tl.zeros([K, B], tl.float32)
     for tile in range(low, high):
-        outer, k = place(tile, num_k, tiles_k, K)
+        outer, k = place(counted(tile, WIDE), num_k, tiles_k, K)
         inside_k = k < num_k
         cell = outer * num_k + k
         c, slant, d = lines(w_ptr, b_ptr, stats_ptr, affine_ptr, cell, inside_k, 1, sets, 1, 1, True, ABOUT_ZERO, K)
         inside = inside_k[:, None] & (b < num_b)[None, :]
         real = inside
         y_offset = offset_of(outer, sizes, ys) + (k * ys[2])[:, None] + (b * ys[1])[None, :]
-        x_offset = offset_of(outer, sizes, xs) + (k * xs[2])[:, None] + (b * xs[1])[None, :]
+        x_offset = y_offset
+        if not DENSE:
+            x_offset = offset_of(outer, sizes, xs) + (k * xs[2])[:, None] + (b * xs[1])[None, :]
         x = tl.load(x_ptr + x_offset, inside, 0.0)
         g = tl.load(dy_ptr + y_offset, inside, 0.0)
         if mask_ptr is not None:
             offset = offset_of(outer, sizes, ms) + (k * ms[2])[:, None] + (b * ms[1])[None, :]
             real = real & (tl.load(mask_ptr + offset, inside, 0) != 0)
         x, g, w = upstream(x, g, real, c, slant, d, w_ptr, b_ptr, b, num_b, slope, True, ACT)
-        dw += tl.sum(g * (x * slant[:, None] + d[:, None]), 0)
-        db += tl.sum(g, 0)
+        dw += g * (x * slant[:, None] + d[:, None])
+        db += g
         if dx_ptr is not None:
             by_b = tl.load(by_ptr + cell, inside_k, 0.0).to(tl.float32)
             by_d = tl.load(by_ptr + sets + cell, inside_k, 0.0).to(tl.float32)
@@ -453,6 +486,6 @@ def combine_along(
                 dx += tl.load(dsum_ptr + y_offset, inside, 0.0).to(tl.float32)
             tl.store(dx_ptr + y_offset, dx.to(dx_ptr.dtype.element_ty), inside)
     if dw_ptr is not None:
-        tl.store(dw_ptr + pid % splits * num_b + b, dw, b < num_b)
+        tl.store(dw_ptr + pid % splits * num_b + b, tl.sum(dw, 0), b < num_b)
     if db_ptr is not None:
-        tl.store(db_ptr + pid % splits * num_b + b, db, b < num_b)
+        tl.store(db_ptr + pid % splits * num_b + b, tl.sum(db, 0), b < num_b)

@@ -34,10 +34,10 @@ def forward(
     slope: float,
 ) -> None:
     """Measure into `stats` unless they are given, and write `y` unless it is None; as `native.forward`."""
-    of, machine = launch.loops(made.packed), launch.programs(x.device)
+    of = launch.loops(made.packed)
     sets, xs, ms = of.sets, of.x, of.mask
-    tile = launch.fused_tile(of, launch.CHOICES.fused_forward, machine)
-    common: dict[str, Any] = {"ALONG": of.along, "ABOUT_ZERO": about_zero, "ACT": activation}
+    tile = launch.fused_tile(of, launch.CHOICES.fused_forward)
+    common: dict[str, Any] = {"ALONG": of.along, "ABOUT_ZERO": about_zero, "ACT": activation, "WIDE": of.wide}
     with _on(x):
         if tile is not None and y is not None and not measured:
             num_k = of.num_k // of.merge
@@ -46,7 +46,8 @@ def forward(
                 x, residual, total, y, mask, weight, bias, stats,
                 num_k, tiles_k, of.num_b, of.merge, sets, max(1, of.params), of.param_div, eps, slope,
                 of.sizes, xs, of.y, ms,
-                **common, SETS=tile.cells, MERGE=tile.merge, B=tile.entries, num_warps=launch.warps(tile),
+                **common, DENSE=xs == of.y, FULL=mask is None and tile.full(of),
+                SETS=tile.cells, MERGE=tile.merge, B=tile.entries, num_warps=launch.warps(tile),
             )  # fmt: skip
             return
         if residual is not None:
@@ -55,17 +56,20 @@ def forward(
         tile = launch.cell_tile(of)
         tiles_k = _ceil(of.num_k, tile.cells)
         tiles, steps = of.num_outer * tiles_k, of.num_a * _ceil(of.num_b, tile.entries)
-        size: dict[str, int] = {"K": tile.cells, "B": tile.entries}
+        num_warps = launch.warps(tile)
+        machine = launch.programs(x.device, num_warps)
+        size: dict[str, int] = {"K": tile.cells, "B": tile.entries, "num_warps": num_warps}
         if not measured:
-            parts = launch.splits(tiles, steps, machine)
+            parts = launch.splits(tiles, steps, machine, launch.CHOICES.waves)
             partial = torch.empty((3, parts, of.cells), dtype=torch.float64, device=x.device)
             ahead.measure[(tiles * parts,)](
                 x, mask, partial, of.num_k, tiles_k, of.num_a, of.num_b, of.cells, parts, of.sizes, xs, ms,
-                ABOUT_ZERO=about_zero, **size, num_warps=launch.warps(tile),
+                ABOUT_ZERO=about_zero, WIDE=of.wide, **size,
             )  # fmt: skip
-            num, at_once = _merging(parts * of.merge)
+            at_once = launch.merging(parts * of.merge)
+            num = max(1, 256 // at_once)
             ahead.finish[(_ceil(sets, num),)](
-                partial, stats, of.cells, sets, parts, of.merge, eps, SETS=num, PARTS=at_once
+                partial, stats, of.cells, sets, parts, of.merge, eps, WIDE=of.wide, SETS=num, PARTS=at_once
             )
         if y is not None:
             parts = _ceil(steps, launch.CHOICES.steps)
@@ -73,7 +77,7 @@ def forward(
                 x, y, mask, weight, bias, stats, affine,
                 of.num_k, tiles_k, of.num_a, of.num_b, of.merge, sets, parts, max(1, of.params), of.param_div, slope,
                 of.sizes, xs, of.y, ms,
-                **common, **size, num_warps=launch.warps(tile),
+                **common, DENSE=xs == of.y, **size,
             )  # fmt: skip
 
 
@@ -98,10 +102,10 @@ def backward(
     slope: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx` unless it is None, and give the wanted gradients of weight and bias; as `native.backward`."""
-    of, machine = launch.loops(made.packed), launch.programs(x.device)
-    call = _Backward(of, machine, x, dy, mask, weight, bias, stats, affine, dx, dsum, activation, slope, about_zero)
+    of = launch.loops(made.packed)
+    call = _Backward(of, x, dy, mask, weight, bias, stats, affine, dx, dsum, activation, slope, about_zero)
     with_weight, with_bias = wants[0] and weight is not None, wants[1] and bias is not None
-    tile = launch.fused_tile(of, launch.CHOICES.fused_backward, machine)
+    tile = launch.fused_tile(of, launch.CHOICES.fused_backward)
     with _on(x):
         if tile is not None and affine is None and combine is None and not fixed:
             dw, db = call.fused(tile, with_weight, with_bias)
@@ -113,11 +117,12 @@ def backward(
 class _Backward:
     """One backward pass: what all its kernels are given."""
 
-    def __init__(self, of: launch.Loops, machine: int, *tensors: Any) -> None:
-        self.of, self.machine = of, machine
+    def __init__(self, of: launch.Loops, *tensors: Any) -> None:
+        self.of = of
         self.x, self.dy, self.mask, self.weight, self.bias, self.stats, self.affine, self.dx, self.dsum = tensors[:9]
         self.activation, self.slope, self.about_zero = tensors[9:]
-        self.options: dict[str, Any] = {"ABOUT_ZERO": self.about_zero, "ACT": self.activation}
+        self.options: dict[str, Any] = {"ABOUT_ZERO": self.about_zero, "ACT": self.activation, "WIDE": of.wide}
+        self.options["DENSE"] = of.x == of.y
         self.strides = of.sizes, of.x, of.y, of.mask
         self.parameters = max(1, of.params), of.param_div
 
@@ -131,13 +136,14 @@ class _Backward:
         num_k = of.num_k // of.merge
         tiles_k = _ceil(num_k, tile.cells)
         tiles = of.num_outer * tiles_k
-        grid = min(tiles, self.machine) if of.along else tiles
+        num_warps = launch.backward_warps(tile, of.along)
+        grid = min(tiles, launch.programs(self.x.device, num_warps)) if of.along else tiles
         dw, db = self.sums(weight, grid), self.sums(bias, grid)
         back.fused_backward[(grid,)](
             self.x, self.dy, self.dsum, self.dx, self.mask, self.weight, self.bias, self.stats, dw, db,
             num_k, tiles_k, of.num_b, of.merge, of.sets, tiles, *self.parameters, self.slope, *self.strides,
-            ALONG=of.along, **self.options, SETS=tile.cells, MERGE=tile.merge, B=tile.entries,
-            num_warps=min(32, 2 * launch.warps(tile)),
+            ALONG=of.along, **self.options, FULL=self.mask is None and tile.full(of),
+            SETS=tile.cells, MERGE=tile.merge, B=tile.entries, num_warps=num_warps,
         )  # fmt: skip
         return dw, db
 
@@ -147,25 +153,29 @@ class _Backward:
         of, tile = self.of, launch.cell_tile(self.of)
         tiles_k = _ceil(of.num_k, tile.cells)
         tiles, steps = of.num_outer * tiles_k, of.num_a * _ceil(of.num_b, tile.entries)
-        size: dict[str, int] = {"K": tile.cells, "B": tile.entries, "num_warps": launch.warps(tile)}
+        num_warps = launch.warps(tile)
+        machine = launch.programs(self.x.device, num_warps)
+        size: dict[str, int] = {"K": tile.cells, "B": tile.entries}
         dw = db = None
         by = combine
         if by is None:
-            parts = launch.splits(tiles, steps, self.machine)
+            parts = launch.splits(tiles, steps, machine, launch.CHOICES.waves)
             partial = torch.empty((2, parts, of.cells), dtype=torch.float64, device=self.x.device)
             by = torch.empty((2, of.sets), dtype=torch.float64, device=self.x.device)
             back.reduce[(tiles * parts,)](
                 self.x, self.dy, self.mask, self.weight, self.bias, self.stats, self.affine, partial,
                 of.num_k, tiles_k, of.num_a, of.num_b, of.merge, of.cells, of.sets, parts, *self.parameters,
-                self.slope, *self.strides, ALONG=of.along, **self.options, **size,
+                self.slope, *self.strides, ALONG=of.along, **self.options, **size, num_warps=num_warps,
             )  # fmt: skip
             if not of.along:
                 dw, db = self.sums(weight, 1), self.sums(bias, 1)
-            num, at_once = _merging(of.merge)
+            at_once, merge = launch.merging(parts), launch.merging(of.merge)
+            num = max(1, 256 // (at_once * merge))
             back.solve[(_ceil(of.sets, num),)](
                 partial, self.stats, self.affine, self.weight, by, dw, db, affine_gradient,
                 of.cells, of.sets, parts, of.merge, *self.parameters,
-                ALONG=of.along, ABOUT_ZERO=self.about_zero, FIXED=fixed, SETS=num, MERGE=at_once,
+                ALONG=of.along, ABOUT_ZERO=self.about_zero, FIXED=fixed, WIDE=of.wide,
+                SETS=num, MERGE=merge, PARTS=at_once,
             )  # fmt: skip
         if not of.along:
             if self.dx is not None:
@@ -173,15 +183,15 @@ class _Backward:
                 back.combine[(tiles * parts,)](
                     self.x, self.dy, self.dsum, self.dx, self.mask, self.weight, self.bias, self.stats, self.affine,
                     by, of.num_k, tiles_k, of.num_a, of.num_b, of.merge, of.sets, parts, *self.parameters,
-                    self.slope, *self.strides, **self.options, **size,
+                    self.slope, *self.strides, **self.options, **size, num_warps=num_warps,
                 )  # fmt: skip
         elif self.dx is not None or weight or bias:
-            parts = launch.splits(steps, tiles, self.machine)
+            parts = launch.splits(steps, tiles, machine)
             dw, db = self.sums(weight, parts), self.sums(bias, parts)
             back.combine_along[(steps * parts,)](
                 self.x, self.dy, self.dsum, self.dx, self.mask, self.weight, self.bias, self.stats, self.affine,
                 by, dw, db, of.num_k, tiles_k, of.num_b, of.sets, tiles, parts, self.slope, *self.strides,
-                **self.options, **size,
+                **self.options, **size, num_warps=2 * num_warps,
             )  # fmt: skip
         return dw, db
 
@@ -196,12 +206,6 @@ def _collected(sums: Tensor | None, of: launch.Loops, like: Tensor | None) -> Te
     elif of.cells != of.params:
         sums = sums.view(-1, of.params, of.param_div).sum((0, 2))
     return sums.to(like.dtype).view(like.shape)
-
-
-def _merging(parts: int) -> tuple[int, int]:
-    """How many sets a program takes, and how many parts of each at a time."""
-    at_once = min(1 << (parts - 1).bit_length(), launch.CHOICES.parts)
-    return max(1, 128 // at_once), at_once
 
 
 def _ceil(number: int, by: int) -> int:

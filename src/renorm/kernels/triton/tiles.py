@@ -8,12 +8,28 @@ columns differ only in which of `b` and `k` is contiguous, so one source serves 
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "cell_line", "derivative", "offset_of", "parameter_of", "place", "rounded_line", "span", "wide"]
+__all__ = [
+    "ROUGH",
+    "activate",
+    "cell_line",
+    "counted",
+    "derivative",
+    "offset_of",
+    "parameter_of",
+    "place",
+    "rounded_line",
+    "span",
+    "wide",
+]
+
+# Triton compiles a kernel anew for arguments that are 1, or multiples of 16. The first matters for these numbers, which
+# are divided by, the second for none of them. What depends on the size of a batch is given to `do_not_specialize`.
+ROUGH = ["num_a", "num_params", "param_div", "sizes"]
 
 
 @triton.jit
 def offset_of(outer, sizes, strides):
-    """Where an outer index lies, in int64."""
+    """Where an outer index lies."""
     offset = outer % sizes[0] * strides[3]
     outer = outer // sizes[0]
     offset += outer % sizes[1] * strides[4]
@@ -26,6 +42,12 @@ def offset_of(outer, sizes, strides):
 def wide(number):
     """An argument in int64, whatever Triton made of it."""
     return tl.zeros([], tl.int64) + number
+
+
+@triton.jit
+def counted(number, WIDE: tl.constexpr):
+    """A number that indices are made of: in int64 where 32 bits cannot count the entries, see `launch.Loops.wide`."""
+    return wide(number) if WIDE else number
 
 
 @triton.jit
@@ -42,9 +64,9 @@ def span(split, splits, total):
 
 
 @triton.jit
-def parameter_of(cell, params, param_div):
+def parameter_of(cell, num_params, param_div):
     """The index of a cell's parameter."""
-    return cell // param_div % params
+    return cell // param_div % num_params
 
 
 @triton.jit
