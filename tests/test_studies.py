@@ -141,6 +141,7 @@ def test_every_study_is_complete(name):
     study = catalogue.get(name)
     assert study.name == name
     assert study.published
+    assert 1 <= study.minutes <= 3
     for plan in (study.quick, study.full):
         assert plan.seeds >= 2
         assert len({json.dumps(condition, sort_keys=True) for condition in plan.conditions}) == len(plan.conditions)

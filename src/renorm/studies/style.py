@@ -291,7 +291,7 @@ def draw_rows(rows: Rows) -> str:
             at = [steps * (i + 0.5) / len(found) for i in range(len(found))]
             curves[f"{norm} norm"] = points(at, found)
         plots.append(Plot(f"log10 style loss by step, inputs {title}", curves, log_y=True))
-    return draw(plots, "Instance norm's advantage falls as the inputs are normalized for it")
+    return draw(plots, "Style losses of batch and instance norm by step, for three kinds of inputs")
 
 
 def reading(rows: Rows) -> str:
@@ -303,8 +303,8 @@ def reading(rows: Rows) -> str:
         f"input by other means: its loss is {first} times instance norm's on inputs as they are, {second} times with "
         f"their contrast normalized, and {last} times with their style; where an interval has 1, that is no more than "
         "a tendency. So instance norm is for tasks to which an image's own style and contrast are noise; where they "
-        "carry the answer, as in most recognition, it removes information. The figures are of an untrained encoder and "
-        "tiny crops of one photograph: read the order of the ratios, not their size."
+        "carry the answer, as in most recognition, it removes information. The encoder is untrained and the crops are "
+        "tiny pieces of one photograph: the size of the ratios says nothing of style transfer as it is done."
     )
 
 
@@ -344,6 +344,7 @@ REPLICATION = Replication(
         "Changed contrast and AdaIN are measured on networks at their start."
     ),
     quick=_plan(200, 3),
+    minutes=3,
     full=_plan(500, 3),
     measure=measure,
     judge=judge,
