@@ -6,7 +6,7 @@ from pathlib import Path
 
 from renorm.studies import catalogue
 from renorm.studies.replication import Table, verdict
-from renorm.studies.run import Results, plan_of
+from renorm.studies.run import Results
 
 __all__ = ["contents", "page", "summary", "write"]
 
@@ -15,8 +15,8 @@ def page(results: Results, picture: str) -> str:
     """The Markdown page of a run; `picture` is the path of its picture, as the page sees it."""
     replication = catalogue.get(results.name)
     claims = replication.judge(results.rows)
-    plan = plan_of(replication, results.scale == "quick")
-    ran = f"{len(results.rows.rows)} measurements, {plan.seeds} seeds, one thread each"
+    seeds = len({row.seed for row in results.rows})
+    ran = f"{len(results.rows.rows)} measurements, {seeds} seeds, one thread each"
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [
         f"# {replication.title}",

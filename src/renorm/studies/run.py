@@ -21,10 +21,10 @@ from renorm.comparison.run import num_jobs
 from renorm.comparison.strict import decode, encode
 from renorm.errors import StudyError
 from renorm.studies import catalogue
-from renorm.studies.replication import Plan, Replication
+from renorm.studies.replication import Replication
 from renorm.studies.rows import Condition, Row, Rows
 
-__all__ = ["Results", "plan_of", "run"]
+__all__ = ["Results", "run"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def run(
     Raises StudyError for a name that is unknown, jobs below 1, and where a measurement fails; those made before stay.
     """
     replication = catalogue.get(name)
-    plan = plan_of(replication, quick)
+    plan = replication.quick if quick else replication.full
     folder = Path(out) / f"study-{name}"
     kept = folder / "measurements"
     kept.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,6 @@ def run(
     results = Results(name, "quick" if quick else "full", ordered, seconds, _versions())
     results.save(folder / "results.json")
     return results, folder
-
-
-def plan_of(replication: Replication, quick: bool) -> Plan:
-    """The plan of this scale."""
-    return replication.quick if quick else replication.full
 
 
 def _measured(name: str, missing: list[tuple[tuple[Condition, int], Path]], jobs: int) -> Iterator[tuple[Path, Row]]:
