@@ -168,8 +168,8 @@ REPLICATION = Replication(
     minutes=2,
     full=Plan(
         (*_conditions(("digits", "mnist"), 20), *_RESNET),
-        5,
-        "the same with 3,000 images of MNIST besides (with `renorm[studies]`), 5 seeds",
+        3,
+        "the same with 3,000 images of MNIST besides (with `renorm[studies]`), 3 seeds",
     ),
     measure=measure,
     judge=judge,

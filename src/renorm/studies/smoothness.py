@@ -184,7 +184,7 @@ REPLICATION = Replication(
     ),
     quick=Plan(_conditions(_RATES, 4), 3, "3,000 images (with `renorm[studies]`), 4 epochs, 5 learning rates, 3 seeds"),
     minutes=2,
-    full=Plan(_conditions(_RATES, 12), 5, "the same with 12 epochs, 5 seeds"),
+    full=Plan(_conditions(_RATES, 12), 3, "the same with 12 epochs"),
     measure=measure,
     judge=judge,
     tables=tables,
