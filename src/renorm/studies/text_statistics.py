@@ -280,13 +280,14 @@ REPLICATION = Replication(
         "the next token: 2 pre-norm transformer blocks of width 64 with 4 heads, Adam, batches of 8 windows of 64 "
         "words. The windows of a batch come from anywhere, or all from one document, where a document comes as often "
         "as it is long. For images it is 3 convolutions of 32 channels that tell digits apart, or the same transformer "
-        "on the 64 pixels. So every statistic is one of 512 values. Held-out losses use running statistics. Stability "
+        "on the 64 pixels. So every statistic is one of 512 values. Held-out losses use running statistics. The rates "
+        "are about the best: at 0.03 trial runs with windows from anywhere ended higher for both norms. Stability "
         f"is looked at after training at the rate {_SHOWN_RATE:g}, weights held still, over {_LOOK} batches, by "
         "`renorm.measures.stability`."
     ),
     quick=_plan(200, 3),
     minutes=3,
-    full=_plan(800, 5),
+    full=_plan(800, 4),
     measure=measure,
     judge=judge,
     tables=tables,
