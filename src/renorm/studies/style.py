@@ -344,7 +344,7 @@ REPLICATION = Replication(
         "Changed contrast and AdaIN are measured on networks at their start."
     ),
     quick=_plan(200, 3),
-    minutes=3,
+    minutes=1,
     full=_plan(500, 3),
     measure=measure,
     judge=judge,

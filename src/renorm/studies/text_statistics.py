@@ -286,7 +286,7 @@ REPLICATION = Replication(
         "`renorm.measures.stability`."
     ),
     quick=_plan(200, 3),
-    minutes=3,
+    minutes=2,
     full=_plan(800, 4),
     measure=measure,
     judge=judge,
