@@ -86,6 +86,27 @@ def test_a_run_goes_on_where_it_stopped(small, tmp_path):
     assert Results.load(folder / "results.json") == again
 
 
+def test_what_is_not_finite_is_kept_in_json_that_is_valid(tmp_path):
+    row = Row({"b": 2}, 0, {"loss": math.inf, "curve": [1.0, math.nan]}, 0.1)
+    Results("divergences", "quick", Rows((row,)), 0.1).save(tmp_path / "results.json")
+    strictly(tmp_path / "results.json")
+    (found,) = Results.load(tmp_path / "results.json").rows
+    assert found.values["loss"] == math.inf
+    assert np.isnan(found.values["curve"]).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("results/*.json")), ids=lambda path: path.stem)
+def test_the_results_are_valid_json(path):
+    strictly(path)
+
+
+def strictly(path):
+    def not_json(name):
+        raise ValueError(f"{path.name} has {name}")
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=not_json)
+
+
 def test_a_measurement_that_fails_is_named_and_the_others_stay(small, tmp_path, monkeypatch):
     broken = replace(catalogue.get("model-selection"))
 
@@ -120,6 +141,7 @@ def test_every_study_is_complete(name):
     study = catalogue.get(name)
     assert study.name == name
     assert study.published
+    assert 1 <= study.minutes <= 3
     for plan in (study.quick, study.full):
         assert plan.seeds >= 2
         assert len({json.dumps(condition, sort_keys=True) for condition in plan.conditions}) == len(plan.conditions)

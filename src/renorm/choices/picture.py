@@ -147,7 +147,7 @@ def _legend(legend: Sequence[tuple[str, str]], width: float) -> tuple[str, float
     """The entries, as many to a row as fit, and the height of the whole picture."""
     parts, x, y = [], _LEFT, _TOP + _HEIGHT + _BOTTOM + 10
     for name, shade in legend:
-        needed = 36 + 7.2 * len(name)  # px: a stroke, and letters of the font at 12 px
+        needed = 36 + 7.2 * len(name) + 4 * name.count("m")  # px: a stroke, and letters of the font at 12 px
         if x > _LEFT and x + needed > width:
             x, y = _LEFT, y + _ROW
         parts.append(f'<path d="M{x:g} {y - 4:g}h18" stroke="{shade}" stroke-width="3"/>{_text(x + 24, y, name)}')

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from renorm.comparison.strict import decode, encode
+
 __all__ = [
     "PRIMARY",
     "CaseRecord",
@@ -123,13 +125,13 @@ class TrialResult:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values; nan and inf are written as strings."""
-        encoded: dict[str, Any] = _encode(asdict(self))
+        encoded: dict[str, Any] = encode(asdict(self))
         return encoded
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrialResult:
         """The inverse of :meth:`to_json`."""
-        values = _decode(raw)
+        values = decode(raw)
         values["spec"] = TrialSpec(**values["spec"])
         values["curve"] = tuple(EpochRecord(**point) for point in values["curve"])
         values["worst"] = tuple(
@@ -156,33 +158,12 @@ class StudyRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""
-        encoded: dict[str, Any] = _encode(asdict(self))
+        encoded: dict[str, Any] = encode(asdict(self))
         return encoded
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> StudyRecord:
         """The inverse of :meth:`to_json`."""
-        values = _decode(raw)
+        values = decode(raw)
         values["keys"] = tuple(values["keys"])
         return cls(**values)
-
-
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

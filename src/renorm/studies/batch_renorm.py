@@ -128,9 +128,9 @@ def reading(rows: Rows) -> str:
         "The mean of a batch of two classes says which two they are. Training can lean on that, evaluation cannot. "
         f"Statistics of all training data take batch norm from {percent(running)} to {percent(all_data)} only: it is "
         "the trained weights that are off, not just the running averages.\n\nBatch renorm is no better while its "
-        "limits still grow and the running statistics still lag (200 steps). And the gap is one of early training: in "
-        "a trial run with a learning rate of 0.05, after 2,000 steps batch norm was 1 point behind. If batches can be "
-        "mixed, mix them."
+        "limits still grow and the running statistics still lag (200 steps). And this is early training: in a trial "
+        "run that is not shown, with a learning rate of 0.05, batch norm was 1 point behind after 2,000 steps. If "
+        "batches can be mixed, mix them."
     )
 
 
@@ -160,6 +160,7 @@ REPLICATION = Replication(
     quick=Plan(
         _conditions((100, 200, 400)), 5, "3,000 images of MNIST (with `renorm[studies]`), to 400 steps, 5 seeds"
     ),
+    minutes=2,
     full=Plan(_conditions((100, 200, 400, 800, 1600)), 8, "the same, to 1,600 steps, 8 seeds"),
     measure=measure,
     judge=judge,

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Corpus", "corpus", "fingerprint", "windows"]
+__all__ = ["Corpus", "corpus", "fingerprint", "identified", "windows"]
 
 Unit = Literal["word", "character"]
 
@@ -63,3 +63,8 @@ def fingerprint() -> float:
     """The first 48 bits of the SHA-256 of the text, as a whole number, so that results can keep it."""
     text = "\n".join(f"{name}\n{topics[name]}" for name in sorted(topics))
     return float(int(hashlib.sha256(text.encode()).hexdigest()[:12], 16))
+
+
+def identified(kept: float) -> str:
+    """Which text results are of, from its fingerprint, as a sentence."""
+    return f"The text's SHA-256 begins with `{int(kept):012x}`; another version of Python has another text."

@@ -200,6 +200,7 @@ REPLICATION = Replication(
         "depend on the seed."
     ),
     quick=Plan(_conditions(500), 3, "500 draws, 3 seeds"),
+    minutes=1,
     full=Plan(_conditions(2000), 8, "2,000 draws, 8 seeds"),
     measure=measure,
     judge=judge,

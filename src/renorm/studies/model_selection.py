@@ -53,9 +53,9 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
     return (
         Claim("BIC picks the true model in at least 98% of data sets at n = 10,000", percent(bic), bic.mean >= 0.98),
         Claim(
-            "AIC picks it in 65 to 80% from n = 1,000 on, whatever n",
+            "AIC picks it in 70 to 80% from n = 1,000 on, whatever n",
             ", ".join(percent(one) for one in aic),
-            all(0.65 <= one.mean <= 0.80 for one in aic),
+            all(0.70 <= one.mean <= 0.80 for one in aic),
         ),
         Claim(
             "BIC's share of too large models falls with n",
@@ -116,15 +116,20 @@ REPLICATION = Replication(
     title="AIC and BIC: which picks the true model",
     question="AIC or BIC: which one selects the right model, and does more data help?",
     published=(
-        Published("BIC picks the true one of a finite set of models with probability going to 1", "Schwarz 1978"),
+        Published(
+            "BIC picks the true one of a finite set of models with probability going to 1",
+            "criterion: Schwarz 1978, Annals of Statistics 6; proof: Haughton 1988, Annals of Statistics 16",
+        ),
         Published("AIC does not: its chance of a too large model has a limit above 0", "Shibata 1976, Biometrika 63"),
     ),
     protocol=(
         "Linear regression on standard normal columns with noise of variance 1. The target depends on the first 4 "
         "columns, with slope 0.5 each; the candidates take the first 1 to 8. Each is fitted by least squares; the "
-        "lowest AIC, AICc and BIC of `renorm.measures.criteria` choose."
+        "lowest AIC, AICc and BIC of `renorm.measures.criteria` choose. AIC's range, 70 to 80%, was written as 65 to "
+        "80% at the first run, and has been narrowed since."
     ),
     quick=_plan(100, 4),
+    minutes=1,
     full=_plan(500, 8),
     measure=measure,
     judge=judge,

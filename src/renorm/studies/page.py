@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from renorm.comparison.progress import duration
 from renorm.studies import catalogue
 from renorm.studies.replication import Table, verdict
-from renorm.studies.run import Results, plan_of
+from renorm.studies.run import Results
 
 __all__ = ["contents", "page", "summary", "write"]
 
@@ -16,8 +15,8 @@ def page(results: Results, picture: str) -> str:
     """The Markdown page of a run; `picture` is the path of its picture, as the page sees it."""
     replication = catalogue.get(results.name)
     claims = replication.judge(results.rows)
-    plan = plan_of(replication, results.scale == "quick")
-    ran = f"{len(results.rows.rows)} measurements, {plan.seeds} seeds, {duration(results.seconds)} in one thread"
+    seeds = len({row.seed for row in results.rows})
+    ran = f"{len(results.rows.rows)} measurements, {seeds} seeds, one thread each"
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [
         f"# {replication.title}",
@@ -31,7 +30,8 @@ def page(results: Results, picture: str) -> str:
         "\n".join(f"- {one.found} ({one.source})" for one in replication.published),
         "## Protocol",
         replication.protocol,
-        f"- **Quick**: {replication.quick.scale}\n- **Full**: {replication.full.scale}",
+        f"- **Quick**: {replication.quick.scale}; about {replication.minutes} min on two cores\n"
+        f"- **Full**: {replication.full.scale}",
         f"Run here: {ran} ({versions}). Means are over seeds, with 95% intervals of Student's t. Again:",
         f"```sh\nrenorm study {results.name}{' --quick' * (results.scale == 'quick')}\n```",
     ]

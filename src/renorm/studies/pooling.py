@@ -301,7 +301,7 @@ def reading(rows: Rows) -> str:
     return (
         f"One linear model for all car parks errs {linear[0]} times as much as one for each with {few} days, and "
         f"{linear[1]} times with {many}; MLPs {free[0]} and {free[1]} times. So it is the length of the series that "
-        "decides: pooling buys data, and costs what is special in a series. Static features change a pooled MLP's "
+        "decides: pooling buys data, which short series lack. Static features change a pooled MLP's "
         f"error by {told[0]} and {told[1]} times; in a linear model they only move the level, which scaling each "
         "series has taken out already. Five-minute bars instead of one-minute ones change the error by "
         f"{bars[0]} times with {min(_SIZES):,} windows and {bars[1]} times with {max(_SIZES):,} in a linear model, "
@@ -354,6 +354,7 @@ REPLICATION = Replication(
         f"{_STEPS['pooled']:,} where it is one for all car parks)."
     ),
     quick=_plan(2),
+    minutes=2,
     full=_plan(4),
     measure=measure,
     judge=judge,

@@ -58,7 +58,8 @@ class Replication:
     question: str  # as people ask it
     published: tuple[Published, ...]
     protocol: str  # Markdown: data, model, training, what is measured
-    quick: Plan  # at most three minutes on two cores
+    quick: Plan
+    minutes: int  # that it takes on two cores, about: at most 3
     full: Plan
     measure: Callable[[Condition, int], Mapping[str, Value]]  # of a condition and a seed
     judge: Callable[[Rows], tuple[Claim, ...]]

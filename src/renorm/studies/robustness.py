@@ -180,6 +180,7 @@ REPLICATION = Replication(
     quick=Plan(
         _conditions(3, 300, 10), 3, "3,000 images (with `renorm[studies]`), 3 epochs, 10 steps on 300 images, 3 seeds"
     ),
+    minutes=2,
     full=Plan(_conditions(6, 1000, 40), 5, "the same with 6 epochs, 40 steps on 1,000 images, 5 seeds"),
     measure=measure,
     judge=judge,

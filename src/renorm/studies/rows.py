@@ -102,6 +102,19 @@ class Rows:
         """Mean over seeds, with its interval, of one condition."""
         return interval(self.values(name, **condition))
 
+    def curve(self, name: str, **condition: object) -> list[Interval]:
+        """The mean over seeds at each point of a curve, of one condition."""
+        return [interval(column) for column in self.values(name, **condition).T]
+
+    def best(self, name: str, **condition: object) -> dict[str, object]:
+        """The condition with the learning rate of the lowest mean, of those that were tried."""
+
+        def mean(one: Mapping[str, object]) -> float:
+            found = self.mean(name, **one).mean
+            return math.inf if math.isnan(found) else found  # a training that diverged
+
+        return min(({**condition, "lr": lr} for lr in self.where(**condition).levels("lr")), key=mean)
+
     def difference(self, name: str, first: Mapping[str, object], second: Mapping[str, object]) -> Interval:
         """First less second, seed by seed."""
         return interval(self.values(name, **first) - self.values(name, **second))

@@ -18,12 +18,13 @@ import torch
 import renorm
 from renorm.comparison.atomic import writing
 from renorm.comparison.run import num_jobs
+from renorm.comparison.strict import decode, encode
 from renorm.errors import StudyError
 from renorm.studies import catalogue
-from renorm.studies.replication import Plan, Replication
+from renorm.studies.replication import Replication
 from renorm.studies.rows import Condition, Row, Rows
 
-__all__ = ["Results", "plan_of", "run"]
+__all__ = ["Results", "run"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the results as JSON, whole or not at all."""
-        rows = ",\n  ".join(json.dumps(asdict(row)) for row in self.rows)  # a line for each: a diff shows what moved
+        rows = ",\n  ".join(map(_line, self.rows))  # a line for each: a diff shows what moved
         head = {"name": self.name, "scale": self.scale, "seconds": self.seconds, "versions": self.versions}
         with writing(path) as file:
             file.write(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
@@ -51,7 +52,7 @@ class Results:
         """
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            rows = Rows(tuple(Row(**row) for row in read.pop("rows")))
+            rows = Rows(tuple(Row(**decode(row)) for row in read.pop("rows")))
             return cls(**read, rows=rows)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StudyError(f"{path} must be the results of a study; run it again to write them ({error!r})") from None
@@ -79,7 +80,7 @@ def run(
     Raises StudyError for a name that is unknown, jobs below 1, and where a measurement fails; those made before stay.
     """
     replication = catalogue.get(name)
-    plan = plan_of(replication, quick)
+    plan = replication.quick if quick else replication.full
     folder = Path(out) / f"study-{name}"
     kept = folder / "measurements"
     kept.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def run(
     missing = [(one, path) for one, path in zip(todo, files, strict=True) if path not in rows]
     for path, row in _measured(name, missing, num_jobs(jobs)):
         with writing(path) as file:
-            file.write(json.dumps(asdict(row)).encode())
+            file.write(_line(row).encode())
         rows[path] = row
         on_row(len(rows), len(files))
     ordered = Rows(tuple(rows[path] for path in files))
@@ -98,11 +99,6 @@ def run(
     results = Results(name, "quick" if quick else "full", ordered, seconds, _versions())
     results.save(folder / "results.json")
     return results, folder
-
-
-def plan_of(replication: Replication, quick: bool) -> Plan:
-    """The plan of this scale."""
-    return replication.quick if quick else replication.full
 
 
 def _measured(name: str, missing: list[tuple[tuple[Condition, int], Path]], jobs: int) -> Iterator[tuple[Path, Row]]:
@@ -139,10 +135,14 @@ def _key(replication: Replication, condition: Condition, seed: int) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
+def _line(row: Row) -> str:
+    return json.dumps(encode(asdict(row)), allow_nan=False)
+
+
 def _read(path: Path) -> Row | None:
     """The row of a file; None where there is none, or a damaged one, which is measured again."""
     try:
-        return Row(**json.loads(path.read_text(encoding="utf-8")))
+        return Row(**decode(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -200,7 +200,7 @@ def _moved(encoder: _Encoder, x: Tensor) -> list[float]:
 def judge(rows: Rows) -> tuple[Claim, ...]:
     """What must hold of the features, and of the trainings."""
     far = {n: rows.values(f"contrast_{n}", part="features")[:, [0, -1]] for n in ("batch", "instance")}
-    moved = _curve(rows, "moved")[-1]
+    moved = rows.curve("moved", part="features")[-1]
     ratios = [_ratio(rows, name) for name in _INPUTS]
     falls = [_fall(rows, *pair) for pair in (("original", "contrast"), ("contrast", "style"))]
     return (
@@ -229,14 +229,8 @@ def judge(rows: Rows) -> tuple[Claim, ...]:
     )
 
 
-def _curve(rows: Rows, name: str) -> list[Interval]:
-    return [interval(column) for column in rows.values(name, part="features").T]
-
-
 def _best(rows: Rows, name: str, norm: str) -> dict[str, object]:
-    """The condition with the learning rate of the lowest mean loss."""
-    tried = ({"part": "training", "input": name, "norm": norm, "lr": lr} for lr in _RATES)
-    return min(tried, key=lambda one: rows.mean("loss", **one).mean)
+    return rows.best("loss", part="training", input=name, norm=norm)
 
 
 def _ratio(rows: Rows, name: str) -> Interval:
@@ -261,9 +255,9 @@ def tables(rows: Rows) -> tuple[Table, ...]:
         shown = [rows.mean("loss", **one).text(4) for one in (batch, instance)]
         held_out = rows.ratio("held_out", batch, instance).text(2)
         losses.append((title, *shown, _ratio(rows, name).text(2), held_out, f"{batch['lr']:g}, {instance['lr']:g}"))
-    changes = [_curve(rows, f"contrast_{norm}") for norm in ("batch", "instance")]
+    changes = [rows.curve(f"contrast_{norm}", part="features") for norm in ("batch", "instance")]
     contrasts = zip(_CONTRASTS, *changes, strict=True)
-    moved = zip(_ALPHAS, _curve(rows, "moved"), strict=True)
+    moved = zip(_ALPHAS, rows.curve("moved", part="features"), strict=True)
     return (
         Table(
             f"Style loss, the mean of the last {_LAST} steps, at the better learning rate; 0 is the style, 1 is what "
@@ -293,11 +287,11 @@ def draw_rows(rows: Rows) -> str:
     for name, title in _INPUTS.items():
         curves = {}
         for norm in ("batch", "instance"):
-            found = rows.values("curve", **_best(rows, name, norm))
-            at = [steps * (i + 0.5) / found.shape[1] for i in range(found.shape[1])]
-            curves[f"{norm} norm"] = points(at, [interval(column) for column in found.T])
+            found = rows.curve("curve", **_best(rows, name, norm))
+            at = [steps * (i + 0.5) / len(found) for i in range(len(found))]
+            curves[f"{norm} norm"] = points(at, found)
         plots.append(Plot(f"log10 style loss by step, inputs {title}", curves, log_y=True))
-    return draw(plots, "Instance norm's advantage falls as the inputs are normalized for it")
+    return draw(plots, "Style losses of batch and instance norm by step, for three kinds of inputs")
 
 
 def reading(rows: Rows) -> str:
@@ -309,8 +303,8 @@ def reading(rows: Rows) -> str:
         f"input by other means: its loss is {first} times instance norm's on inputs as they are, {second} times with "
         f"their contrast normalized, and {last} times with their style; where an interval has 1, that is no more than "
         "a tendency. So instance norm is for tasks to which an image's own style and contrast are noise; where they "
-        "carry the answer, as in most recognition, it removes information. The figures are of an untrained encoder and "
-        "tiny crops of one photograph: read the order of the ratios, not their size."
+        "carry the answer, as in most recognition, it removes information. The encoder is untrained and the crops are "
+        "tiny pieces of one photograph: the size of the ratios says nothing of style transfer as it is done."
     )
 
 
@@ -350,6 +344,7 @@ REPLICATION = Replication(
         "Changed contrast and AdaIN are measured on networks at their start."
     ),
     quick=_plan(200, 3),
+    minutes=1,
     full=_plan(500, 3),
     measure=measure,
     judge=judge,

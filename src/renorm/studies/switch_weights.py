@@ -101,8 +101,8 @@ def reading(rows: Rows) -> str:
         "fall is due to that. Batch statistics' share of the mean is "
         f"{change('epochs', 'mean')} with equal epochs, {change('steps', 'mean')} with equal steps; that of the "
         f"variance {change('epochs', 'var')}, and {change('steps', 'var')}.\n\n"
-        "The weights move slowly and are trained like all others: they are no ranking of norms, and no measure of how "
-        "well each would do alone."
+        "The weights are trained like all others: they are no ranking of norms, and no measure of how well each would "
+        "do alone."
     )
 
 
@@ -130,6 +130,7 @@ REPLICATION = Replication(
         "then takes more steps, so that the second arm has equally many steps at one learning rate, 0.02, for all."
     ),
     quick=Plan(_conditions(6, 600), 3, "6 epochs, 600 steps, 3 seeds"),
+    minutes=2,
     full=Plan(_conditions(20, 2000), 6, "20 epochs, 2,000 steps, 6 seeds"),
     measure=measure,
     judge=judge,

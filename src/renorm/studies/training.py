@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 from renorm.errors import StudyError
 from renorm.norms.zoo import BatchNorm
 
-__all__ = ["Images", "accuracy", "digits", "fit", "mnist", "reestimate", "shuffled"]
+__all__ = ["Images", "accuracy", "digits", "fit", "mean_loss", "mnist", "reestimate", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,15 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
     found = torch.cat([model(part) for part in torch.split(x, 500)])
     return ((found.argmax(1) == y) & found.isfinite().all(1)).float().mean().item()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean cross-entropy of all entries of y, in nats, in evaluation mode."""
+    model.eval()
+    parts = zip(torch.split(x, 64), torch.split(y, 64), strict=True)
+    losses = [F.cross_entropy(model(a), b, reduction="sum") for a, b in parts]
+    return float(torch.stack(losses).sum() / y.numel())
 
 
 @torch.no_grad()
