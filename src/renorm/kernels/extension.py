@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "DTYPES",
     "batch_norm_in_training",
+    "exporting",
     "missing",
     "module",
     "observed",
@@ -107,7 +108,12 @@ def observed(x: Tensor) -> str | None:
 
 def traceable(x: Tensor) -> bool:
     """Whether the operators of graph.py may stand for the kernels in the graph that is being traced."""
-    return _MODULE is not None and not torch.compiler.is_exporting() and x.device.type == "cpu" and x.dtype in DTYPES
+    return _MODULE is not None and not exporting() and x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def exporting() -> bool:
+    """Whether torch.export traces; torch's own `is_exporting` says so in every compiled graph before torch 2.13."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def tracks(running: tuple[Tensor, Tensor], num_batches_tracked: Tensor | None) -> bool:

@@ -66,9 +66,9 @@ class _Batch(Norm, TorchBatchNorm):
         process_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super(Norm, self).__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
-        )
+        super(Norm, self).__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # an argument of torch's from 2.13 on
+            self.register_parameter("bias", None)
         self._define(
             self._pattern(),
             {"c": num_features},
@@ -158,9 +158,9 @@ class _Instance(Norm, TorchInstanceNorm):
         activation: str | None = None,
         backend: str = "auto",
     ) -> None:
-        super(Norm, self).__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
-        )
+        super(Norm, self).__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # an argument of torch's from 2.13 on
+            self.register_parameter("bias", None)
         rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         known = affine or track_running_stats
         self._define(
@@ -349,7 +349,9 @@ class GroupNorm(Norm, nn.GroupNorm):
         activation: str | None = None,
         backend: str = "auto",
     ) -> None:
-        super(Norm, self).__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype, bias=bias)
+        super(Norm, self).__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        if not bias:  # an argument of torch's from 2.13 on
+            self.register_parameter("bias", None)
         self._define(
             "n (g [c]) [...]",
             {"g": num_groups, "c": num_channels // num_groups},

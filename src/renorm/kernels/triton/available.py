@@ -62,7 +62,7 @@ def why_not(x: Tensor) -> str | None:
 
 def traceable(x: Tensor) -> bool:
     """Whether the operators of graph.py may stand for the kernels in the graph that is being traced."""
-    return not torch.compiler.is_exporting() and _unfit(x) is None
+    return not extension.exporting() and _unfit(x) is None
 
 
 def _unfit(x: Tensor) -> str | None:
