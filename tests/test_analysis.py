@@ -430,6 +430,14 @@ def test_the_sentence_sets_the_best_setting_against_the_others() -> None:
     assert "With batch norm" not in sentence(study_with({key: shifts[:2] for key, shifts in apart.items()}))
 
 
+def test_a_tie_of_settings_goes_to_the_better_second() -> None:
+    means = {("none", "cnn"): 0.1, ("none", "mlp"): 0.1, ("batch", "cnn"): 0.3, ("batch", "mlp"): 0.2}
+    results = [
+        result(spec(norm, 32, seed, model=model), mean) for (norm, model), mean in means.items() for seed in range(3)
+    ]
+    assert sentence((record(results), results)).startswith("At batch size 32, mlp (the lowest of 2 settings), the")
+
+
 def test_the_sentence_chooses_no_learning_rate() -> None:
     results = [result(spec("batch", 32, seed, base_lr=rate, lr=rate), rate) for rate in (0.1, 0.2) for seed in range(3)]
     text = sentence((record(results), results))

@@ -91,7 +91,8 @@ def _spoken(cells: Sequence[Cell]) -> list[Cell]:
     scored = [cell for cell in cells if cell.best]
     sizes = {cell.setting.batch_size for cell in scored}
     ends = sorted({max(sizes), min(sizes)}, reverse=True) if sizes else []
-    by_mean = sorted(scored, key=lambda cell: cell.rows[0].score.mean)
+    # by the best norm, then by the next ones: a forecast that learns nothing is the same in every setting
+    by_mean = sorted(scored, key=lambda cell: [row.score.mean for row in cell.rows if row.score.num])
     return [next(cell for cell in by_mean if cell.setting.batch_size == size) for size in ends]
 
 
