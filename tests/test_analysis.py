@@ -77,7 +77,8 @@ def test_a_least_spread_stands_in_for_a_smaller_one() -> None:
         (1.0934, 0.4321, "1.1"), (61.23, 12.7, "61"), (5432.1, 230.0, "5430"), (5432.1, 430.0, "5400"),
         (0.0123456, 0.00031, "0.0123"), (0.0, 0.5, "0.0"), (-0.04, 0.4, "0.0"), (-1.26, 0.4, "−1.3"),
         (math.nan, 1.0, "–"), (math.inf, 1.0, "–"), (0.0178, math.nan, "0.0178"), (0.0, math.nan, "0"),
-        (0.9996, math.nan, "1.000"),
+        (0.9996, math.nan, "1.000"), (1.88e10, math.nan, "1.88e10"), (-1.3e10, 4e9, "−1.3e10"), (3e8, 1e9, "3e8"),
+        (1.234e-8, math.nan, "1.23e-8"), (1e-15, 3e-16, "1.0e-15"), (0.0, 1e-9, "0"), (920_000.0, 5e4, "920000"),
     ],
 )  # fmt: skip
 def test_a_number_is_rounded_to_its_uncertainty(value: float, half: float, text: str) -> None:
@@ -403,8 +404,45 @@ def test_the_sentence_names_the_settings_that_vary() -> None:
         for seed in range(3)
     ]
     assert sentence((record(results), results)).startswith(
-        "At batch size 32, adam, batch norm and layer norm have the lowest"
+        "At batch size 32, adam (the lowest of 2 settings), batch norm and layer norm have the lowest"
     )
+
+
+def test_the_sentence_sets_the_best_setting_against_the_others() -> None:
+    def study_with(shifts: dict[str, list[float]], norms: tuple[str, ...] = ("batch", "layer")) -> Study:
+        results = [
+            result(spec(norm, 32, seed, model=model), 0.1 + shift)
+            for norm in norms
+            for model, of_seeds in shifts.items()
+            for seed, shift in enumerate(of_seeds)
+        ]
+        return record(results), results
+
+    apart = {"mlp": [0.0, 0.003, 0.006], "cnn": [0.2, 0.2, 0.21], "tcn": [0.003, 0.0, 0.009]}
+    assert " With batch norm at batch size 32, that setting is shown to be below 1 of the 2 other settings. Three" in (
+        sentence(study_with(apart))
+    )
+    alone = sentence(study_with({key: apart[key] for key in ("mlp", "tcn")}, ("batch",)))
+    assert alone.startswith(
+        "At batch size 32, mlp (the lowest of 2 settings), batch norm has a mean test error of 10.3%. With batch norm "
+        "at batch size 32, that setting is not shown to be below the other setting."
+    )
+    assert "With batch norm" not in sentence(study_with({key: shifts[:2] for key, shifts in apart.items()}))
+
+
+def test_a_tie_of_settings_goes_to_the_better_second() -> None:
+    means = {("none", "cnn"): 0.1, ("none", "mlp"): 0.1, ("batch", "cnn"): 0.3, ("batch", "mlp"): 0.2}
+    results = [
+        result(spec(norm, 32, seed, model=model), mean) for (norm, model), mean in means.items() for seed in range(3)
+    ]
+    assert sentence((record(results), results)).startswith("At batch size 32, mlp (the lowest of 2 settings), the")
+
+
+def test_the_sentence_chooses_no_learning_rate() -> None:
+    results = [result(spec("batch", 32, seed, base_lr=rate, lr=rate), rate) for rate in (0.1, 0.2) for seed in range(3)]
+    text = sentence((record(results), results))
+    assert "learning rate 0.1 (the lowest of 2 settings)" in text
+    assert "With batch norm at" not in text
 
 
 def test_trials_that_have_not_run_are_counted() -> None:

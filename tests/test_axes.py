@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import record, result, spec
+from made_up import record, result, spec, stopped
 from sklearn.datasets import load_digits
 from small import parts, splits, study
 from torch import nn
@@ -202,6 +202,15 @@ def test_choices_are_compared_norm_by_norm() -> None:
     assert {row[3].split(" ")[0] for row in table.rows} == {"+10.00", "+20.00"}
     assert {row[-1] for row in table.rows} == {"yes"}
     assert "<h3>Between optimizers and losses</h3>" in report.html(record(results), results)
+
+
+def test_a_choice_that_finished_fewer_seeds_is_none_to_compare_with() -> None:
+    results = [result(spec("batch", 32, seed, loss="mse"), 0.2 + 0.01 * seed) for seed in range(3)]
+    results += [result(spec("batch", 32, seed, loss="focal"), 0.1) for seed in range(2)]
+    results.append(stopped(spec("batch", 32, 2, loss="focal"), "diverged", "the loss was nan"))
+    found = between_choices(analyse(record(results), results))
+    assert found is not None
+    assert [row[1:3] for row in found[1].rows] == [("mse loss", "focal loss")]
 
 
 def test_rates_are_not_chosen_by_the_test_part() -> None:

@@ -340,6 +340,17 @@ def test_samples_must_be_a_pair_or_a_dataset(samples: object) -> None:
         from_parts(samples, arrays())
 
 
+def test_half_precision_is_read_without_a_warning_and_its_infinity_refused(tmp_path: Path) -> None:
+    x, y = arrays()
+    half = x.astype(np.float16)
+    np.savez(tmp_path / "half.npz", x=half, y=y)
+    np.testing.assert_array_equal(load(str(tmp_path / "half.npz")).x, half)
+    half[1] = np.inf
+    np.savez(tmp_path / "half.npz", x=half, y=y)
+    with pytest.raises(DataError, match="it has inf at index"):
+        load(str(tmp_path / "half.npz"))
+
+
 def test_tensors_and_torch_datasets_are_taken_as_they_are() -> None:
     x, y = arrays()
     tensors = (torch.tensor(x, requires_grad=True), torch.tensor(y))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -106,6 +107,9 @@ def test_settings_and_command_give_the_study_back() -> None:
 def test_columns_in_a_list_may_have_commas() -> None:
     found = study(columns=["y", "a, b"], aggregate={"a, b": "last"}, static="k, m")
     assert (found.columns, found.aggregate, found.static) == (("y", "a, b"), ("a, b=last",), ("k", "m"))
+    words = shlex.split(found.command())
+    given = {key: words[words.index(f"--{key}") + 1] for key in ("columns", "aggregate", "static")}
+    assert study(**given) == found
     assert Study(**found.settings()) == found
 
 

@@ -286,6 +286,13 @@ def test_a_part_without_a_window_is_refused(options: dict[str, Any], message: st
         panel(table(holes=False), **options)
 
 
+def test_days_without_trading_are_said_to_take_the_windows() -> None:
+    days = pd.DataFrame({"time": pd.bdate_range("2024-01-01", periods=300), "close": np.arange(300.0) % 11})
+    with pytest.raises(DataError, match=r"\(118 of 418 steps lack a value.*or write --gaps join, as for days without"):
+        panel(days, Layout())
+    panel(days, Layout(gaps="join"))
+
+
 def test_scores_are_in_the_units_of_each_series() -> None:
     found = panel(table(holes=False), season=6)
     windows = found.windows()

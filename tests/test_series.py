@@ -125,7 +125,9 @@ def spoilt(column: str, row: int, value: object) -> pd.DataFrame:
         (frame(), Layout("when", "shop"), "say which column to forecast, with --target; there are 'sold', 'price'"),
         (frame(), Layout("when", "shop", "shop"), "column 'shop' is both a value and"),
         (frame(), Layout("when", None, "sold"), "'python' has 2024-03-01T02.* twice, and 3 more"),
-        (pd.concat([frame(), frame().iloc[:1]]), LAYOUT, "twice, and 0 more such rows"),
+        (pd.concat([frame(), frame().iloc[:1]]), LAYOUT, "twice; drop them"),
+        (frame().assign(when=np.arange(16) * 1e30), LAYOUT, "whole and below 2.53.*'when' has 1e.30 in row 2"),
+        (pd.concat([frame(), frame()[["sold"]]], axis=1), LAYOUT, "names must differ; 'sold' comes more than once"),
         (
             spoilt("when", 3, pd.Timestamp("2024-03-01 05:20")),
             LAYOUT,
@@ -147,6 +149,12 @@ def spoilt(column: str, row: int, value: object) -> pd.DataFrame:
 def test_a_table_that_cannot_be_used_is_refused(table: pd.DataFrame, layout: Layout, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(table, layout)
+
+
+def test_whole_times_are_exact() -> None:
+    since = 2**60 + np.array([0, 1, 2, 3, 4])  # floats near there are 256 apart
+    found = read(pd.DataFrame({"time": since, "x": np.arange(5.0)}), Layout())
+    assert found.times[0].tolist() == since.tolist()
 
 
 def test_static_text_with_too_many_levels_is_refused() -> None:

@@ -75,7 +75,10 @@ def test_the_name_comes_from_data_and_model(data: str, model: str, name: str) ->
         ({"optimizer": "adm"}, "optimizer must be one of .*; got 'adm'; did you mean 'adam'"),
         ({"activation": "rleu"}, "activation must be one of .*did you mean 'relu'"),
         ({"model": "mpl"}, "model .*must be one of .*did you mean 'mlp'"),
-        ({"seeds": 0}, "seeds: .*got nothing; write a number of seeds"),
+        ({"seeds": 0}, "seeds: must be at least one; got 0; write a number of seeds"),
+        ({"seeds": -1}, "seeds: .*got -1"),
+        ({"dropout": 1}, "^dropout: .*less than 1; got 1; write shares from 0 on and below 1, for example 0,0.2$"),
+        ({"tune_lr": True, "lr": "0.1,0.10"}, "at least two learning rates"),
         ({"seeds": "-1,2"}, "seeds: .*got '-1'"),
         ({"epochs": 0}, "epochs: .*got 0"),
         ({"task": "ranking"}, "task: .*'classification'.*got 'ranking'"),
@@ -89,6 +92,10 @@ def test_the_name_comes_from_data_and_model(data: str, model: str, name: str) ->
 def test_a_wrong_setting_is_refused_with_what_to_write(settings: dict[str, object], message: str) -> None:
     with pytest.raises((StudyError, UnknownNormError), match=message):
         Study(**settings)
+
+
+def test_a_number_that_is_written_twice_is_one_value() -> None:
+    assert Study(dropout="0,0.0,0.5").dropout == (0.0, 0.5)
 
 
 def test_tuning_without_rates_tries_the_default_ones() -> None:

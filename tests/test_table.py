@@ -52,6 +52,13 @@ def test_every_format_gives_the_same_numbers(tmp_path: Path, suffix: str) -> Non
     assert splits.name == "fruit"
 
 
+@pytest.mark.parametrize("separator", [";", ","])
+def test_a_name_with_a_comma_does_not_decide_the_separator(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "fruit.csv"
+    frame().rename(columns={"length": "length, in cm; dry"}).to_csv(path, index=False, sep=separator)
+    assert list(table.read(path, "kind").columns) == ["length, in cm; dry", "count", "colour", "ripe"]
+
+
 def test_columns_are_encoded_with_the_training_rows_only(tmp_path: Path) -> None:
     columns = table.read(Path(write_csv(tmp_path, frame())), "kind").columns
     train = np.arange(0, 60, 2)

@@ -96,6 +96,13 @@ def test_the_learning_curves_have_the_points_of_the_store(typical_page: Any) -> 
             assert mean["x"] == [point.step for point in done[0].curve]
 
 
+@pytest.mark.parametrize(("epochs", "mode"), [(1, "markers"), (2, "lines")])
+def test_a_curve_of_one_point_can_be_seen(opened: Open, epochs: int, mode: str) -> None:
+    results = [result(spec("batch", 32, seed), 0.1, epochs=epochs) for seed in range(2)]
+    traces = opened((record(results), results)).evaluate(POINTS, "curves-0")
+    assert {trace["mode"] for trace in traces} == {mode}
+
+
 def test_a_seed_that_diverged_ends_where_it_did(typical_page: Any) -> None:
     traces = typical_page.evaluate(POINTS, "curves-1")
     (thin,) = [t for t in traces if t["norm"] == "none" and t["axis"] == "y" and t["dash"] is None]

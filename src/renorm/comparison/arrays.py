@@ -125,7 +125,8 @@ def _is_one_hot(y: Array) -> bool:
 def _refuse_wild(values: Array, where: str) -> None:
     """Raise at the first value that is missing, infinite or too large."""
     if values.dtype.kind == "f":
-        wrong = ~(np.abs(values) < MAX_VALUE)
+        # half precision ends below that limit, which is infinite to it
+        wrong = ~(np.abs(values) < (np.inf if values.dtype == np.float16 else MAX_VALUE))
     elif values.dtype.kind == "O":
         wrong = np.array([value is None or value != value for value in values])
     else:

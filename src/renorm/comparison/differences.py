@@ -82,13 +82,13 @@ def between_choices(analysis: Analysis) -> tuple[str, Table] | None:
 
 
 def _lines(analysis: Analysis, choices: Sequence[str]) -> list[list[Row]]:
-    """The rows that differ in nothing but the choices, the lowest mean first."""
+    """The rows that differ in nothing but the choices, the lowest mean first of those that finished the most seeds."""
     fixed = [name for name in analysis.varying if name not in choices]
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in analysis.rows:
         if row.score.num and row.norm not in BASELINES:
             lines.setdefault((row.norm, *(getattr(row.setting, name) for name in fixed)), []).append(row)
-    return [sorted(line, key=lambda row: row.score.mean) for line in lines.values()]
+    return [sorted(line, key=lambda row: (-row.score.num, row.score.mean)) for line in lines.values()]
 
 
 def _choices(analysis: Analysis, line: Sequence[Row], choices: Sequence[str]) -> list[tuple[str, ...]]:

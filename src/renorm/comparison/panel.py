@@ -367,9 +367,13 @@ def _refuse_empty(panel: Panel, test: float) -> None:
     needed: dict[Part, str] = {"valid": "validation", **({"test": "test"} if test else {})}
     for part, word in needed.items():
         if not panel.num(part):
+            holes = int(np.isnan(panel.values).any(0).sum())
+            lacking = f" ({holes} of {panel.values.shape[1]} steps lack a value, which takes each window that has one)"
             raise DataError(
-                f"{panel.source}: the {word} part has no window of {panel.horizon} steps to forecast, with "
-                f"{panel.window} before; shorten window or horizon, or give the part a larger share"
+                f"{panel.source}: the {word} part has no window of {panel.horizon} steps to forecast, with window "
+                f"{panel.window} and season {panel.season} before it{lacking if holes else ''}; shorten them, give the "
+                "part a larger share"
+                + (", or write --gaps join, as for days without trading, or --missing last" if holes else "")
             )
 
 

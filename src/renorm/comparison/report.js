@@ -105,19 +105,25 @@
 
   // Learning curves
 
+  // A curve of one point, after one epoch, has no line.
+  function curveMode(one) {
+    return one.steps.length > 1 ? "lines" : "markers";
+  }
+
   function seedsTrace(one, part, place) {
     const points = one.seeds.map((seed) => [[...seed.steps, null], [...seed[part], null]]);
     return {
-      type: "scatter", mode: "lines", meta: one.norm, name: `${title(one.norm)}, each seed`, hoverinfo: "skip",
+      type: "scatter", mode: curveMode(one), meta: one.norm, name: `${title(one.norm)}, each seed`, hoverinfo: "skip",
       x: points.flatMap(([steps]) => steps), y: points.flatMap(([, losses]) => losses), connectgaps: false,
-      xaxis: `x${place}`, yaxis: `y${place}`, line: { color: colour(one.norm), width: 1 }, opacity: 0.35,
+      xaxis: `x${place}`, yaxis: `y${place}`, line: { color: colour(one.norm), width: 1 }, marker: { color: colour(one.norm), size: 5 }, opacity: 0.35,
     };
   }
 
   function meanTrace(one, part, place) {
     return {
-      type: "scatter", mode: "lines", meta: one.norm, name: title(one.norm), x: one.steps, y: one[part],
+      type: "scatter", mode: curveMode(one), meta: one.norm, name: title(one.norm), x: one.steps, y: one[part],
       xaxis: `x${place}`, yaxis: `y${place}`, line: { color: colour(one.norm), dash: dash(one.norm), width: 2.4 },
+      marker: { color: colour(one.norm), symbol: marker(one.norm), size: 9 },
       hovertemplate: "<b>%{fullData.name}</b><br>step %{x}: %{y:.4g}<extra></extra>",
     };
   }

@@ -190,7 +190,14 @@ def rounded(value: float, half_width: float, *, signed: bool = False) -> str:
     digits = 3 if not known else 2 if scale < 3 * 10**exponent else 1
     decimals = digits - 1 - exponent
     number = round(value, decimals)
-    text = f"{abs(number):.{min(max(decimals, 0), 12)}f}"
     if number == 0:
-        return text
-    return ("−" if value < 0 else "+" if signed else "") + text
+        return f"{0:.{max(decimals, 0)}f}" if decimals <= 6 else "0"
+    return ("−" if value < 0 else "+" if signed else "") + _digits(abs(number), decimals)
+
+
+def _digits(number: float, decimals: int) -> str:
+    """A positive number to so many decimals, as 1.3e10 where its zeros would hide its size."""
+    if 1e-6 <= number < 1e7:
+        return f"{number:.{max(decimals, 0)}f}"
+    mantissa, exponent = f"{number:.{max(decimals + math.floor(math.log10(number)), 0)}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"

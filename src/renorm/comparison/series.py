@@ -103,6 +103,9 @@ def _from_frame(frame: pd.DataFrame, name: str, source: str, layout: Layout) -> 
     frame.columns = pd.Index([str(column) for column in frame.columns])
     if not len(frame):
         raise DataError(f"{source}: a table of time series needs rows; it has none")
+    if frame.columns.has_duplicates:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise DataError(f"{source}: column names must differ; {twice!r} comes more than once; rename or drop it")
     time = _time_column(frame, layout, source)
     for column in (layout.series, layout.target, *layout.columns, *layout.static):
         if column is not None:
@@ -252,15 +255,18 @@ def _stamps(column: pd.Series[Any], name: str, source: str) -> tuple[Steps, str]
     if column.isna().any():
         row = int(column.isna().to_numpy().argmax())
         raise DataError(f"{source}: every row must have a time; column {name!r} is empty in row {row + 1}")
+    if types.is_integer_dtype(column.dtype):
+        return column.to_numpy(dtype=np.int64), "number"
     if types.is_numeric_dtype(column.dtype) and not types.is_bool_dtype(column.dtype):
         numbers = column.to_numpy(dtype=np.float64)
-        whole: Steps = numbers.astype(np.int64)
-        if (whole != numbers).any():
+        wrong = (numbers % 1 != 0) | (np.abs(numbers) >= 2**53)  # from there on floats skip whole numbers
+        if wrong.any():
+            row = int(wrong.argmax())
             raise DataError(
-                f"{source}: times that are numbers must be whole, such as steps or seconds; column {name!r} has "
-                f"{numbers[int((whole != numbers).argmax())]} in row {int((whole != numbers).argmax()) + 1}"
+                f"{source}: times that are numbers must be whole and below 2^53, such as steps or seconds; column "
+                f"{name!r} has {numbers[row]} in row {row + 1}"
             )
-        return whole, "number"
+        return numbers.astype(np.int64), "number"
     words = column if types.is_datetime64_any_dtype(column.dtype) else column.astype(str)
     try:
         dates = pd.to_datetime(words, format="ISO8601", utc=True)
@@ -283,9 +289,9 @@ def _refuse_twice(stamps: Steps, shown: npt.NDArray[Any], series: str, source: s
     twice = stamps[1:] == stamps[:-1]
     if twice.any():
         raise DataError(
-            f"{source}: a series has one row for each time; {series!r} has {_time(shown[int(twice.argmax())])} twice, "
-            f"and {int(twice.sum()) - 1} more such rows; drop them, or name the column that tells series apart with "
-            "--series"
+            f"{source}: a series has one row for each time; {series!r} has {_time(shown[int(twice.argmax())])} twice"
+            + (f", and {int(twice.sum()) - 1} more such rows" if twice.sum() > 1 else "")
+            + "; drop them, or name the column that tells series apart with --series"
         )
 
 

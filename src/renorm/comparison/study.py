@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import itertools
 import re
 import shlex
@@ -68,6 +70,8 @@ def _seeds(value: object) -> object:
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise StudyError(f"seeds: must be at least one; got {value}; write {_HINTS['seeds']}")
         return list(range(value))
     return _axis(value)
 
@@ -113,8 +117,18 @@ def _models(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _columns(value: object) -> object:
-    """Names as a list, or as text with commas between them; a name in a list may have a comma itself."""
-    return _axis(value) if isinstance(value, str) else value
+    """Names as a list, or as a line of a CSV: a name with a comma stands in double quotes."""
+    if not isinstance(value, str):
+        return value
+    names = (name.strip() for name in next(csv.reader([value], skipinitialspace=True), []))
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _line(names: Iterable[object]) -> str:
+    """What :func:`_columns` reads as these names."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(map(str, names))
+    return line.getvalue()
 
 
 def _rules(value: object) -> object:
@@ -128,6 +142,11 @@ def _rules(value: object) -> object:
     return sorted(map(str, pairs))
 
 
+def _once(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Each number once: 0.1 and 0.10 are two texts and one trial."""
+    return tuple(dict.fromkeys(values))
+
+
 def _known(name: str, names: tuple[str, ...], kind: str) -> str:
     return look_up({known: known for known in names}, name, kind)
 
@@ -139,14 +158,16 @@ Optimizers = Annotated[Names, AfterValidator(_optimizers)]
 Activations = Annotated[Names, AfterValidator(_activations)]
 Losses = Annotated[Names, AfterValidator(_losses)]
 Models = Annotated[Names, AfterValidator(_models)]
-Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1), BeforeValidator(_axis)]
+Shares = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1), BeforeValidator(_axis), AfterValidator(_once)
+]
 # A tag for each of the two, so that what is neither gets the complaint about whole numbers only.
 BatchSize = Annotated[
     Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["all"], Tag("all")],
     Discriminator(lambda value: "all" if value == "all" else "number"),
 ]
 BatchSizes = Annotated[tuple[BatchSize, ...], Field(min_length=1), BeforeValidator(_axis)]
-Rates = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_axis)]
+Rates = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_axis), AfterValidator(_once)]
 Columns = Annotated[tuple[str, ...], BeforeValidator(_columns)]
 Count = Annotated[int, Field(ge=1)]
 Pooling = Literal["local", "pooled", "static"]
@@ -216,7 +237,11 @@ class Study(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise StudyError("; ".join(_explain(detail) for detail in error.errors())) from None
+            details = error.errors()
+            wrong = {detail["loc"][:1] for detail in details if detail["type"] != "too_short"}
+            # an axis whose only value is wrong is said to be empty as well
+            told = [each for each in details if each["type"] != "too_short" or each["loc"][:1] not in wrong]
+            raise StudyError("; ".join(map(_explain, told))) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -288,7 +313,8 @@ class Study(BaseModel):
         for key, value in self._changed().items():
             words.append("--" + key.replace("_", "-"))
             if value is not True:
-                words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+                write = _line if key in ("columns", "static", "aggregate") else lambda items: ",".join(map(str, items))
+                words.append(write(value) if isinstance(value, tuple) else str(value))
         return shlex.join(words)
 
     def _changed(self) -> dict[str, Any]:

@@ -125,7 +125,12 @@ def _header(path: Path) -> tuple[str, str]:
         first = next((line for line in file if line.strip()), "")
     if path.suffix.lower() == ".tsv":
         return first, "\t"
-    return first, "," if "," in first else max(",;\t", key=first.count)
+    # by cells, not by characters: a quoted name may hold commas. Of equals the comma counts.
+    return first, max(",;\t", key=lambda separator: len(_names(first, separator)))
+
+
+def _names(first: str, separator: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
 
 
 def _check_header(path: Path) -> str:
@@ -133,7 +138,7 @@ def _check_header(path: Path) -> str:
     first, separator = _header(path)
     if not first:
         raise DataError(f"{path}: a table needs a line of column names and rows below it; the file is empty")
-    names = [name.strip() for name in next(csv.reader([first], delimiter=separator))]
+    names = _names(first, separator)
     # numbers that count up are names: a frame without names was written
     counted = names == [str(index) for index in range(len(names))]
     if all(_is_number(name) for name in names) and not counted:
@@ -171,7 +176,7 @@ def _target_name(path: Path, frame: pd.DataFrame, target: str | None) -> str:
     close = difflib.get_close_matches(target, names, n=1, cutoff=0.5)
     close = close or [name for name in names if name.strip().lower() == target.strip().lower()]
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise DataError(f"{path}: there is no column {target!r}{hint} The columns are {listed}")
+    raise DataError(f"{path}: there is no column {target!r}{hint or '.'} The columns are {listed}")
 
 
 def _quoted(name: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from renorm.choices.reversible import parted
-from renorm.comparison.cells import LEAST_PAIRS, Cell, Row
+from renorm.comparison.cells import LEAST_PAIRS, SIGNIFICANCE, Cell, Row, corrected, paired
+from renorm.comparison.forecast import BASELINES
 from renorm.comparison.score import Score
 from renorm.comparison.spec import Setting, StudyRecord, varying_fields
 
@@ -75,14 +76,14 @@ def model_title(model: str) -> str:
 
 
 def sentence(score: Score, cells: Sequence[Cell], num_missing: int = 0) -> str:
-    """At most three sentences: the best norm at either end of the batch sizes, and how far that goes."""
+    """The best norm at either end of the batch sizes, its setting against the other ones, and how far that goes."""
     spoken = _spoken(cells)
     missing = f"{num_missing} trials have not run yet." if num_missing else ""
     if not spoken:
         return f"No trial has finished, so there is nothing to compare. {missing}".strip()
     varying = varying_fields(cell.setting for cell in cells)
-    words = [_of_cell(score, cell, setting_title(cell.setting, varying)) for cell in spoken]
-    return " ".join([*words, _reach(spoken, num_missing)])
+    words = [_of_cell(score, cell, setting_title(cell.setting, varying) + _rank(cell, cells)) for cell in spoken]
+    return " ".join([*words, *_of_choices(score, spoken[0], cells), _reach(spoken, num_missing)])
 
 
 def _spoken(cells: Sequence[Cell]) -> list[Cell]:
@@ -90,8 +91,36 @@ def _spoken(cells: Sequence[Cell]) -> list[Cell]:
     scored = [cell for cell in cells if cell.best]
     sizes = {cell.setting.batch_size for cell in scored}
     ends = sorted({max(sizes), min(sizes)}, reverse=True) if sizes else []
-    by_mean = sorted(scored, key=lambda cell: cell.rows[0].score.mean)
+    # by the best norm, then by the next ones: a forecast that learns nothing is the same in every setting
+    by_mean = sorted(scored, key=lambda cell: [row.score.mean for row in cell.rows if row.score.num])
     return [next(cell for cell in by_mean if cell.setting.batch_size == size) for size in ends]
+
+
+def _rank(cell: Cell, cells: Sequence[Cell]) -> str:
+    """Among how many settings of its batch size a cell has the lowest mean; empty where it is the only one."""
+    num = sum(other.setting.batch_size == cell.setting.batch_size and other.best is not None for other in cells)
+    return f" (the lowest of {num} settings)" if num > 1 else ""
+
+
+def _of_choices(score: Score, cell: Cell, cells: Sequence[Cell]) -> list[str]:
+    """A sentence on the best norm in its setting against itself with other choices, where these are tested."""
+    best = cell.rows[0]
+    fixed = (best.norm, best.setting.batch_size, best.setting.base_lr)  # rates are chosen by tuning, not by the test
+    others = [
+        row for other in cells if other is not cell for row in other.rows
+        if row.score.num and (row.norm, row.setting.batch_size, row.setting.base_lr) == fixed
+    ]  # fmt: skip
+    differences = [paired(score, row, best) for row in others]
+    tested = [(p, difference.mean) for p, difference in zip(corrected(differences), differences, strict=True) if p == p]
+    if not tested or best.norm in BASELINES:
+        return []
+    shown = sum(p < SIGNIFICANCE and mean > 0 for p, mean in tested)
+    which = f"{shown or 'any'} of the {len(tested)} other settings" if len(tested) > 1 else "the other setting"
+    verb = "is" if shown else "is not"
+    return [
+        f"With {norm_title(best.norm)} at batch size {best.setting.batch_size}, that setting {verb} shown to be below "
+        f"{which}."
+    ]
 
 
 def _of_cell(score: Score, cell: Cell, title: str) -> str:
@@ -99,6 +128,8 @@ def _of_cell(score: Score, cell: Cell, title: str) -> str:
     value = score.text(best.score) + ("" if score.is_rate else f" in {score.unit}")
     tied = [row for row in cell.rows[1:] if row.place != "unfinished" and row.score.mean == best.score.mean]
     names = joined([_spoken_title(row.norm) for row in (best, *tied)])
+    if len(cell.rows) == 1:
+        return f"At {title}, {names} has a mean {score.title} of {value}."
     if sum(bool(row.score.num) for row in cell.rows) == 1:
         return f"At {title} only {names} finished, with a {score.title} of {value}."
     verb = "have" if tied else "has"
