@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -162,6 +164,7 @@ def shared() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 3, 1), rn.PowerNorm(3)), "PowerNorm may do more than normalize"),
         (nn.Sequential(weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)), "is computed"),
         (hooked(), "Conv2d has hooks"),
+        (nn.Sequential(rn.CosineConv2d(3, 3, 1), nn.BatchNorm2d(3)), "CosineConv2d, which may do more"),
         (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3)), "its statistics are not those of the 3 channels"),
         (nn.Sequential(nn.Conv2d(3, 3, 1), rn.BatchNorm(3, axis=-1)), "its statistics are not those of the 3 channels"),
     ],
@@ -220,3 +223,122 @@ def test_an_example_shows_what_cannot_be_seen() -> None:
 def test_nothing_to_fold() -> None:
     with pytest.raises(SwapError, match="no norm with running statistics"):
         rn.fold(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)))
+
+
+class Convolved(nn.Module):
+    """A convolution and its norm, and one thing more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(self.conv(x))
+
+
+class Tied(Convolved):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(3, 3, 1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.norm(self.conv(x)))
+
+
+class ReadsWeight(Convolved):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.conv.weight.sum()
+
+
+class ReadsStatistics(Convolved):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) - self.norm.running_mean[:, None, None]
+
+
+class ReadsWithoutSkip(Convolved):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + (y if skip is None else skip)
+
+
+class ReadsInEvaluation(Convolved):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) if self.training else self.norm(y) + y
+
+
+class Apart(Untraceable):
+    """Takes what is between a convolution and its norm out of a Sequential."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = self.body[:1](x)
+        return super().forward(x) + between.mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Tied(), "conv shares a parameter with another layer"),
+        (ReadsWeight(), "conv.weight is read by itself"),
+        (ReadsStatistics(), "norm.running_mean is read by itself"),
+        (ReadsWithoutSkip(), "nothing that could take it in"),
+        (ReadsInEvaluation(), "nothing that could take it in"),
+        (Apart(), "torch.fx cannot trace the model: give an example"),
+    ],
+)
+def test_what_else_reads_a_layer(model: nn.Module, why: str) -> None:
+    trained(model)
+    folded, report = rn.fold(model)
+    assert not report.folded
+    assert why in report.left[0][1]
+    x = draw(2, 3, 4, 4)
+    assert torch.equal(copy.deepcopy(model).eval()(x), folded(x))
+
+
+def test_an_activation_in_two_places_of_a_sequential() -> None:
+    model = trained(Untraceable())
+    act = nn.ReLU()
+    model.body = trained(nn.Sequential(nn.Conv2d(3, 4, 1), act, nn.Conv2d(4, 4, 1), act, nn.BatchNorm2d(4)))
+    folded, report = rn.fold(model, draw(2, 3, 4, 4))
+    assert not report.folded
+    assert difference(model, folded, draw(2, 3, 4, 4)) == 0
+
+
+@dataclass
+class Output:
+    """What a model may return."""
+
+    y: Tensor
+    name: str = "y"
+    none: None = None
+
+
+class Returns(nn.Module):
+    """Batch norm over the channels of a sequence that fits the steps as well, in an output of some kind."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.norm, self.kind = nn.Linear(4, 5), nn.BatchNorm1d(5), kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("kind", [Output, lambda y: {"n": "y", "y": [y, 1]}, lambda y: y.masked_fill(y > 1, torch.inf)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_of_any_kind_are_compared(kind: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    model = trained(Returns(kind)).to(dtype)
+    assert rn.fold(model, draw(3, 4).to(dtype))[1].folded
+    with pytest.raises(SwapError, match="the folded model's output differs by"):
+        rn.fold(model, draw(3, 5, 4).to(dtype))
+
+
+def test_an_output_without_tensors() -> None:
+    with pytest.raises(SwapError, match="no tensor was found in the output on `example`"):
+        rn.fold(trained(Returns(str)), draw(3, 4))
+
+
+def test_a_lazy_layer() -> None:
+    with pytest.raises(SwapError, match="0 has no shape yet"):
+        rn.fold(nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)))

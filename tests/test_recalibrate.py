@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import spawn
 
 import renorm as rn
 from renorm.errors import SwapError
@@ -231,6 +233,8 @@ def test_norms_that_keep_their_statistics() -> None:
         (nn.Sequential(nn.GroupNorm(1, 3)), BATCHES, "the model has no norm whose running statistics can be measured"),
         (rn.freeze(rn.BatchNorm2d(3)), BATCHES, r"again; the model \(BatchNorm2d\) is frozen"),
         (nn.BatchNorm2d(3), [], "there is no batch to measure on"),
+        (nn.Sequential(nn.LazyBatchNorm2d(), nn.BatchNorm2d(3)), BATCHES, "0 has no shape yet"),
+        (nn.BatchNorm2d(3, device="meta"), BATCHES, "the model is on the meta device, which holds no values"),
         (nn.ModuleDict({"used": nn.BatchNorm2d(3), "not used": nn.BatchNorm2d(3)}), BATCHES, "not used met no finite"),
     ],
 )
@@ -239,3 +243,39 @@ def test_what_cannot_be_measured(model: nn.Module, batches: list[Tensor], messag
         rn.recalibrate(
             model, batches, lambda model, x: model["used"](x) if isinstance(model, nn.ModuleDict) else model(x)
         )
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, rn.BatchNorm2d])
+def test_an_empty_batch_counts_for_nothing(make: Any) -> None:
+    layer = make(3)
+    rn.recalibrate(layer, [BATCHES[0], BATCHES[0][:0], *BATCHES[1:]])
+    torch.testing.assert_close(layer.running_mean.double(), WHOLE.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), WHOLE.var((0, 2, 3)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_model() -> None:
+    layer = rn.BatchNorm2d(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(BATCHES[0])
+    rn.recalibrate(compiled, BATCHES)
+    torch.testing.assert_close(layer.running_var.double(), WHOLE.var((0, 2, 3)), rtol=1e-6, atol=1e-6)
+
+
+def process(rank: int, folder: str) -> None:
+    """Each of two processes gives its parts, of sizes of their own, one of them empty."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    layer = rn.sync(rn.BatchNorm2d(3))
+    ends = [(0, 2), (2, 3), (0, 5)] if rank == 0 else [(2, 2), (3, 7), (5, 5)]
+    rn.recalibrate(layer, [draw(7, 3, 4, 5, seed=seed)[start:end] for seed, (start, end) in enumerate(ends)])
+    torch.save(layer.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_measure_what_both_have(tmp_path: Path) -> None:
+    spawn(process, (str(tmp_path),), nprocs=2)
+    parts = [(0, 2), (2, 7), (0, 5)]
+    whole = torch.cat([draw(7, 3, 4, 5, seed=seed)[start:end] for seed, (start, end) in enumerate(parts)]).double()
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(state["running_mean"].double(), whole.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(state["running_var"].double(), whole.var((0, 2, 3)), rtol=1e-6, atol=1e-6)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
+from torch.nn.parameter import is_lazy
 
+from renorm.errors import SwapError
 from renorm.norms import named, zoo
 from renorm.norms.channels import LayerNorm2d
 from renorm.norms.norm import Norm
 from renorm.pattern import parse
 
-__all__ = ["Site", "describe", "norms"]
+__all__ = ["Site", "describe", "norms", "refuse_lazy"]
 
 # In this order: a renorm layer is an instance of torch's class too.
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -66,6 +68,13 @@ def norms(model: nn.Module) -> Iterator[Site]:
             num_features, axis = _channels(module)
             rank = next((r for r in ("1d", "2d", "3d") if type(module).__name__.endswith(r)), "")
             yield Site(name, module, kind, _is_exact(module), num_features, axis, rank)
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise SwapError where a layer has no shape yet."""
+    for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise SwapError(f"{name or 'the model'} has no shape yet: run a lazy layer on a batch first")
 
 
 def describe(module: nn.Module) -> str:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
 from renorm.errors import SwapError
 from renorm.norms.batch import BatchRenorm, GhostBatchNorm, PowerNorm
 from renorm.norms.norm import Norm
-from renorm.surgery.find import describe, norms
+from renorm.surgery.find import describe, norms, refuse_lazy
 
 __all__ = ["FoldReport", "fold"]
 
+# Exactly these: a subclass may compute its weight, or more.
+_LAYERS = {
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.Linear,
+}
+_WHOLE = (Norm, TorchBatchNorm, TorchInstanceNorm, _ConvNd, nn.Linear)  # not traced into, nor are subclasses
 _ACTIVATIONS = {
     "relu": nn.ReLU(),
     "leaky_relu": nn.LeakyReLU(0.01),
@@ -47,19 +57,22 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> t
     computed in float64. Each norm that normalizes by running statistics and stands right behind a convolution (1-D to
     3-D, grouped or not, transposed or not) or a linear layer whose output nothing else reads becomes an identity, or
     its activation; the copy is in evaluation mode and gives the same up to rounding. Which layer stands before which
-    is read from a symbolic trace (torch.fx), or from `nn.Sequential` where the model cannot be traced.
+    is read from a symbolic trace (torch.fx), or from `nn.Sequential` where the model cannot be traced and there is an
+    `example`.
 
     Args:
         model: any module; it is untouched.
         example: an input, or a tuple of inputs: the copy's output is compared on it with the model's. Give it where
-            a `BatchNorm1d` stands behind a linear layer on sequences, whose channels are ambiguous.
+            the model cannot be traced, and where a `BatchNorm1d` stands behind a linear layer on sequences, whose
+            channels are ambiguous.
 
     Left alone and reported are norms behind something else (the next layer's padding keeps them from being folded
-    forwards), layers that are used twice, whose weight is computed (weight norm) or that have hooks, and subclasses,
-    which may do more than normalize.
+    forwards), layers that are used twice, whose weight is shared, read by itself or computed (weight norm), layers
+    that have hooks, and subclasses, which may do more.
 
     Raises:
-        SwapError: the model has no norm with running statistics, or outputs on `example` differ by more than rounding.
+        SwapError: the model has no norm with running statistics or a lazy layer, or outputs on `example` differ by
+            more than rounding or hold no tensor.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> folded, report = fold(model, torch.randn(1, 3, 9, 9))
@@ -67,16 +80,21 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> t
     1 folded, 0 left alone
       1 into 0
     """
+    refuse_lazy(model)
     sites = [site for site in norms(model) if getattr(site.module, "running_mean", None) is not None]
     if not sites:
         raise SwapError("the model has no norm with running statistics: there is nothing to fold")
-    before = dict(_neighbours(model))
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     made = copy.deepcopy(model).eval()
+    order = _Order.of(made, example is not None)
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses.update(id(weight) for module in model.modules() for weight in module._parameters.values())
     folded, left = [], []
     for site in sites:
-        layer = before.get(site.name, "")
-        why = _why_not(model, site.module, site.exact, layer, uses)
+        layer = order.before.get(site.name, "")
+        why = _why_not(model, site.module, site.exact, layer, uses) if layer else order.nothing
+        why = why or next(
+            (f"{name} is read by itself" for name in order.reads if _owner(name) in (layer, site.name)), ""
+        )
         if why:
             left.append((site.name, why))
             continue
@@ -91,17 +109,48 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> t
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a buffer that is read shows in the graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Norm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _WHOLE) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True)
+class _Order:
+    """What a model's modules read."""
+
+    before: dict[str, str]  # a module's name: that of the one whose output it alone reads
+    reads: tuple[str, ...]  # parameters and buffers that something beside their module reads
+    nothing: str  # why a norm that is not in `before` stays
+
+    @classmethod
+    def of(cls, model: nn.Module, compared: bool) -> _Order:
+        try:
+            graphs = list(_graphs(model))
+        except Exception:  # control flow, unpacked arguments: tracing may raise anything
+            if not compared:  # parts of an nn.Sequential may be called apart
+                return cls({}, (), "torch.fx cannot trace the model: give an example, on which outputs are compared")
+            graphs, pairs = [], set(_in_sequentials(model))
+        else:
+            pairs = set.intersection(*(set(_neighbours(graph)) for graph in graphs))
+        reads = tuple(str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr")
+        return cls(dict(pairs), reads, "nothing that could take it in stands right before it alone")
+
+
+def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
+    """The model with its optional arguments given and, where it has some, left out."""
+    yield _Tracer().trace(model)
+    optional = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if isinstance(parameter.default, (bool, int, float, type(None)))
+    }
+    if optional:
+        yield _Tracer().trace(model, concrete_args=optional)
+
+
+def _neighbours(graph: fx.Graph) -> Iterator[tuple[str, str]]:
     """(module, the module whose output it alone reads), by their names."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # control flow, unpacked arguments: tracing may raise anything
-        yield from _in_sequentials(model)
-        return
     calls = [node for node in graph.nodes if node.op == "call_module"]
     counts = Counter(node.target for node in calls)
     for node in calls:
@@ -115,17 +164,23 @@ def _neighbours(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _in_sequentials(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         if type(module) is nn.Sequential:
-            names = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+            names = [f"{name}.{child}" if name else child for child in module._modules]
             yield from zip(names[1:], names[:-1], strict=True)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _why_not(model: nn.Module, norm: Any, exact: bool, name: str, uses: Counter[int]) -> str:
     """What keeps `norm` from being folded into the layer called `name`; empty where nothing does."""
-    if not name:
-        return "nothing that could take it in stands right before it alone"
     layer: Any = model.get_submodule(name)
     if not isinstance(layer, (_ConvNd, nn.Linear)):
         return f"it stands behind {type(layer).__name__}, which multiplies by no weight"
+    if "weight" not in layer._parameters or "bias" not in layer._parameters:
+        return f"the weight of {name} is computed (by a parametrization)"
+    if type(layer) not in _LAYERS:
+        return f"it stands behind {type(layer).__name__}, which may do more than torch.nn's layer"
     if not _fixed(norm) or not (exact or type(norm) in (BatchRenorm, GhostBatchNorm)):
         return f"{describe(norm)} may do more than normalize by running statistics"
     for module in (layer, norm):
@@ -133,8 +188,8 @@ def _why_not(model: nn.Module, norm: Any, exact: bool, name: str, uses: Counter[
             return f"{type(module).__name__} is used in several places"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{type(module).__name__} has hooks"
-    if "weight" not in layer._parameters or "bias" not in layer._parameters:
-        return f"the weight of {name} is computed (by a parametrization)"
+    if any(value is not None and uses[id(value)] > 1 for value in (layer.weight, layer.bias)):
+        return f"{name} shares a parameter with another layer"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if norm.running_mean.numel() != channels or not _along_channels(norm, layer):
         return f"its statistics are not those of the {channels} channels of {name}"
@@ -193,11 +248,15 @@ def _scaled(layer: Any, scale: Tensor) -> Tensor:
 @torch.no_grad()
 def _compare(model: nn.Module, made: nn.Module, example: tuple[Any, ...]) -> None:
     plain = copy.deepcopy(model).eval()
-    outputs = [_tensors(one(*example)) for one in (plain, made)]
+    outputs = [list(_tensors(one(*example))) for one in (plain, made)]
+    if not outputs[0]:
+        raise SwapError("no tensor was found in the output on `example`: give the part of the model that makes tensors")
     for before, after in zip(*outputs, strict=True):
-        scale = float(before.double().abs().max()) if before.numel() else 0.0
-        error = float((before.double() - after.double()).abs().max()) if before.numel() else 0.0
-        rounding = 1e3 * torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
+        exact, near = before.double(), after.double()
+        same = (exact == near) | (exact.isnan() & near.isnan())  # two infinities, too
+        error = float((exact - near).abs().masked_fill(same, 0.0).max()) if same.numel() else 0.0
+        scale = float(exact.nan_to_num(0.0, 0.0, 0.0).abs().max()) if same.numel() else 0.0
+        rounding = min(1e3 * torch.finfo(before.dtype).eps, 0.1) if before.is_floating_point() else 0.0
         if not error <= rounding * max(scale, 1.0):
             raise SwapError(
                 f"the folded model's output differs by {error:.3g} from the model's, of at most {scale:.3g}: fold its "
@@ -205,9 +264,13 @@ def _compare(model: nn.Module, made: nn.Module, example: tuple[Any, ...]) -> Non
             )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = output.values()
-    return [tensor for part in output for tensor in _tensors(part)] if hasattr(output, "__iter__") else []
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for part in output:
+            yield from _tensors(part)
+    elif is_dataclass(output):
+        yield from _tensors(list(vars(output).values()))

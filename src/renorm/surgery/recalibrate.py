@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 
@@ -15,7 +16,7 @@ from renorm.errors import SwapError
 from renorm.norms.batch import BatchRenorm, PowerNorm
 from renorm.norms.masks import expand_mask
 from renorm.norms.norm import Norm
-from renorm.surgery.find import describe, norms
+from renorm.surgery.find import describe, norms, refuse_lazy
 
 __all__ = ["Recalibration", "Remeasured", "recalibrate"]
 
@@ -69,12 +70,16 @@ def recalibrate(
         forward: calls the model on a batch. If left out the first of a tuple or list, a dict as keyword arguments,
             anything else as it is, on the device of the model's first parameter.
 
+    Compiled models run eagerly meanwhile. Norms that `sync` joined measure what all processes give them, and end up
+    the same everywhere; without it each process has the statistics of its own batches.
+
     A batch in which a norm meets values that are not finite does not count for it. Frozen norms, `BatchRenorm` and
     `PowerNorm`, which normalize by running statistics in training as well, and norms that remember more than mean and
     variance (whitening) keep what they have and are reported.
 
     Raises:
-        SwapError: no norm can be measured again, there is no batch, or a norm met none. Whatever is raised, by a
+        SwapError: no norm can be measured again, there is no batch, a norm met none, or a layer has no shape or no
+            values yet. Whatever is raised, by a
             model or a loader too, the statistics are then as they were.
 
     Source: Y. Wu, J. Johnson: Rethinking "Batch" in BatchNorm, 2021 (arXiv:2105.07576).
@@ -85,12 +90,15 @@ def recalibrate(
     1 norms measured on 4 batches, 0 left alone
       0 (BatchNorm1d): mean moved by up to 3.27 deviations, variance by 0.941 to 1.33 times
     """
+    refuse_lazy(model)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        raise SwapError("the model is on the meta device, which holds no values: load its weights first")
     meters, left = _meters(model)
     if not meters:
         raise SwapError("; ".join(["the model has no norm whose running statistics can be measured again", *left]))
     call = forward or _call
     num_batches = 0
-    with torch.no_grad(), _measuring(model, meters):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _measuring(model, meters):
         for batch in batches:
             call(model, batch)
             num_batches += 1
@@ -113,8 +121,8 @@ class _Meter:
     norm: Any
     unbiased: bool
     couples_batch: bool  # a channel's values are one set; else the statistics of single samples are averaged
+    momentum: Any  # as it was
     kept: dict[str, Tensor] = field(default_factory=dict)  # the statistics as they were
-    momentum: Any = None  # as it was
     num_calls: int = 0
     weight: float = 0.0
     mean: Tensor | float = 0.0
@@ -130,14 +138,19 @@ class _Meter:
         """Merge what the norm remembers of the batch."""
         x, *rest = args if args else (kwargs["input"] if "input" in kwargs else kwargs["x"],)
         mask = rest[0] if rest else kwargs.get("mask")
+        entries = x.numel() if mask is None else int(expand_mask(mask, x).sum())
+        group = _group(self.norm)
+        if group is not None:
+            total = torch.tensor(entries, device=x.device)
+            dist.all_reduce(total, group=group)
+            entries = int(total)
         mean, var = self.norm.running_mean.double(), self.norm.running_var.double()
         # Renorm's layers leave their statistics as they are where a batch is not finite.
         moved = not isinstance(self.norm, Norm) or bool(
             self.norm.num_batches_tracked != self.kept["num_batches_tracked"]
         )
-        if not (moved and bool(mean.isfinite().all() & var.isfinite().all())):
+        if not (entries and moved and bool(mean.isfinite().all() & var.isfinite().all())):
             return
-        entries = x.numel() if mask is None else int(expand_mask(mask, x).sum())
         count = entries / (mean.numel() if self.couples_batch else 1)
         weight = self.weight + count
         delta = mean - self.mean
@@ -178,8 +191,15 @@ def _meters(model: nn.Module) -> tuple[list[_Meter], tuple[str, ...]]:
             left.append(f"{name or 'the model'} ({type(module).__name__}) {why}")
             continue
         couples = module.couples_batch if isinstance(module, Norm) else not isinstance(module, TorchInstanceNorm)
-        meters.append(_Meter(name, module, getattr(module, "unbiased", True), couples))
+        meters.append(_Meter(name, module, getattr(module, "unbiased", True), couples, module.momentum))
     return meters, tuple(left)
+
+
+def _group(norm: nn.Module) -> Any:
+    """The processes that a norm measures together with; None for this one alone."""
+    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        return norm.process_group or dist.group.WORLD
+    return getattr(norm, "process_group", None)
 
 
 def _why_left(module: nn.Module) -> str:
@@ -204,7 +224,6 @@ def _measuring(model: nn.Module, meters: list[_Meter]) -> Iterator[None]:
         for meter in meters:
             norm = meter.norm
             norm.training = True
-            meter.momentum = norm.momentum
             meter.kept = {
                 name: value.clone() for name, value in norm.named_buffers(recurse=False) if name in _STATISTICS
             }

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from renorm.errors import SwapError
 from renorm.norms import named, zoo
 from renorm.norms.named import NormName
-from renorm.surgery.find import Site, describe, norms
+from renorm.surgery.find import Site, describe, norms, refuse_lazy
 
 __all__ = ["Change", "SwapReport", "swap"]
 
@@ -75,7 +74,7 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     1 replaced, 0 left alone
       1: BatchNorm2d -> GroupNorm(2, 8) (3 groups do not divide 8 channels: 2 instead)
     """
-    _refuse_lazy(model)
+    refuse_lazy(model)
     model = copy.deepcopy(model)
     sites = list(norms(model))
     choose = _by_function(rule) if callable(rule) else _by_name(_read(rule))
@@ -98,12 +97,6 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     if not changes:
         raise SwapError(_nothing(rule, sites, left))
     return model, SwapReport(tuple(changes), tuple(left))
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            raise SwapError(f"{name or 'the model'} has no shape yet: run a lazy layer on a batch first")
 
 
 _Choice = Callable[[Site], tuple[nn.Module, str] | None]
