@@ -342,3 +342,16 @@ def test_an_output_without_tensors() -> None:
 def test_a_lazy_layer() -> None:
     with pytest.raises(SwapError, match="0 has no shape yet"):
         rn.fold(nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)))
+
+
+@pytest.mark.parametrize("change", [rn.fold, lambda model: rn.swap(model, "batch -> group(1)")])
+def test_a_model_that_is_wrapped_for_data_parallelism(change: Any, tmp_path: Any) -> None:
+    """Its reducer would go on with the parameters of the layers that are gone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+        with pytest.raises(SwapError, match=r"pass model\.module, and wrap the copy"):
+            change(model)
+        assert change(model.module)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -571,3 +571,18 @@ def test_a_layer_that_was_pickled_when_all_was_in_one_file():
     assert now in pickled
     x = torch.randn(3, 4, 5)
     assert torch.equal(pickle.loads(pickled.replace(now, then))(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(rn.BatchNorm1d(3), rn.BatchNorm1d(3, activation="relu"), rn.LayerNorm(3), rn.RMSNorm(3), rn.GroupNorm(1, 3)),
+        *(rn.BatchNorm1d(3).eval(), rn.IterNorm(3), rn.Norm("n [c]", c=3, recover="mlp")),
+    ],
+    ids=str,
+)
+def test_only_real_numbers_are_normalized(layer, dtype):
+    """An integer result would be cut off, and of a complex one half be lost."""
+    with pytest.raises(ShapeError, match=f"a norm takes floating-point numbers; got {dtype}: write "):
+        layer(torch.ones(4, 3, dtype=dtype))

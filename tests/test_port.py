@@ -151,3 +151,28 @@ def test_rms_scaling_is_no_layer_norm() -> None:
 def test_a_layer_that_is_not_built() -> None:
     with pytest.raises(SwapError, match="LayerNormalization has no weights yet"):
         rn.from_keras(L.LayerNormalization())
+
+
+class Doubled(L.BatchNormalization):
+    def call(self, *args: Any, **options: Any) -> Any:
+        return 2 * super().call(*args, **options)
+
+
+class Renamed(L.BatchNormalization):
+    """Another name for the same."""
+
+
+def test_a_subclass_that_computes_something_else() -> None:
+    with pytest.raises(SwapError, match="Doubled is a BatchNormalization with a call of its own"):
+        rn.from_keras(built(Doubled(), (6, 3)))
+    assert isinstance(rn.from_keras(built(Renamed(), (6, 3))), rn.BatchNorm)
+
+
+def test_float64_stays() -> None:
+    """By the formula: Keras itself computes in float32."""
+    theirs = built(L.BatchNormalization(dtype="float64"), (6, 3))
+    gamma, beta, mean, var = (weight.value.detach().numpy() for weight in theirs.weights)
+    ours, x = rn.from_keras(theirs).eval(), draw((6, 3)).astype(float)
+    expected = (x - mean) / np.sqrt(var + 1e-3) * gamma + beta
+    np.testing.assert_allclose(ours(torch.from_numpy(x)).detach(), expected, rtol=1e-12)
+    assert ours.momentum == 0.01

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renorm.errors import ShapeError
 from renorm.kernels import aten, extension, fused, native, select
 from renorm.kernels.nest import Nest
 from renorm.norms.axes import Bound, bind
@@ -32,6 +33,13 @@ class Way:
     running: tuple[Tensor, Tensor] | None = None  # statistics that torch's batch norm may move itself
 
 
+def _refuse_unreal(x: Tensor) -> None:
+    """Raise ShapeError where `x` is of integers or complex numbers: a result in its dtype would lose most of it."""
+    if not x.is_floating_point():
+        instead = "torch.view_as_real(x)" if x.is_complex() else "x.float()"
+        raise ShapeError(f"a norm takes floating-point numbers; got {x.dtype}: write {instead}")
+
+
 class Dispatching(Tracking):
     """A layer with a pattern: it chooses its kernel by the input, and runs at once what it has met before."""
 
@@ -51,6 +59,7 @@ class Dispatching(Tracking):
     _ways: dict[Any, Way]
 
     def _bound(self, x: Tensor) -> Bound:
+        _refuse_unreal(x)
         bound = self._bounds.get(x.dim())
         if bound is None:
             bound = self._bounds[x.dim()] = self._bind(self.pattern, x.dim())

@@ -110,7 +110,7 @@ class _Whitening(Norm):
         fixed = self._uses_running(self._bound(x).part, x)
         # Autocast would round float32 statistics to half precision ahead of the products.
         device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        cast = device != "meta" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if cast else nullcontext():
             return self._whiten(x, None if mask is None else expand_mask(mask, x), fixed=fixed)
 

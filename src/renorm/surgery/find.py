@@ -17,7 +17,7 @@ from renorm.norms.channels import LayerNorm2d
 from renorm.norms.norm import Norm
 from renorm.pattern import parse
 
-__all__ = ["Site", "describe", "norms", "refuse_lazy"]
+__all__ = ["Site", "describe", "norms", "refuse_lazy", "refuse_parallel"]
 
 # In this order: a renorm layer is an instance of torch's class too.
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -75,6 +75,15 @@ def refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(is_lazy(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             raise SwapError(f"{name or 'the model'} has no shape yet: run a lazy layer on a batch first")
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise SwapError where the model is wrapped for data parallelism."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SwapError(
+            "DistributedDataParallel goes on with the parameters it was given, not with those of new layers: pass "
+            "model.module, and wrap the copy"
+        )
 
 
 def describe(module: nn.Module) -> str:

@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
 from renorm.errors import SwapError
 from renorm.norms.batch import BatchRenorm, GhostBatchNorm, PowerNorm
 from renorm.norms.norm import Norm
-from renorm.surgery.find import describe, norms, refuse_lazy
+from renorm.surgery.find import describe, norms, refuse_lazy, refuse_parallel
 
 __all__ = ["FoldReport", "fold"]
 
@@ -71,8 +71,8 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> t
     that have hooks, and subclasses, which may do more.
 
     Raises:
-        SwapError: the model has no norm with running statistics or a lazy layer, or outputs on `example` differ by
-            more than rounding or hold no tensor.
+        SwapError: the model has no norm with running statistics, has a lazy layer or is DistributedDataParallel, or
+            outputs on `example` differ by more than rounding or hold no tensor.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> folded, report = fold(model, torch.randn(1, 3, 9, 9))
@@ -81,6 +81,7 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> t
       1 into 0
     """
     refuse_lazy(model)
+    refuse_parallel(model)
     sites = [site for site in norms(model) if getattr(site.module, "running_mean", None) is not None]
     if not sites:
         raise SwapError("the model has no norm with running statistics: there is nothing to fold")
@@ -245,10 +246,10 @@ def _scaled(layer: Any, scale: Tensor) -> Tensor:
     return (groups * scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).view_as(weight)
 
 
-@torch.no_grad()
 def _compare(model: nn.Module, made: nn.Module, example: tuple[Any, ...]) -> None:
     plain = copy.deepcopy(model).eval()
-    outputs = [list(_tensors(one(*example))) for one in (plain, made)]
+    with torch.no_grad():
+        outputs = [list(_tensors(one(*example))) for one in (plain, made)]
     if not outputs[0]:
         raise SwapError("no tensor was found in the output on `example`: give the part of the model that makes tensors")
     for before, after in zip(*outputs, strict=True):

@@ -48,7 +48,8 @@ def from_keras(layer: Any, *, channels_first: bool = False) -> nn.Module:
         channels_first: the channels are Keras's last dimension; they will be dimension 1 of the ported model's tensors.
 
     Raises:
-        SwapError: it is another layer, has no weights yet, or normalizes over axes that `channels_first` would move.
+        SwapError: it is another layer or a subclass with a ``call`` of its own, has no weights yet, or normalizes over
+            axes that `channels_first` would move.
 
     >>> class BatchNormalization:  # as a Keras layer shows itself
     ...     axis, momentum, epsilon, trainable, built = -1, 0.99, 1e-3, True, False
@@ -56,12 +57,16 @@ def from_keras(layer: Any, *, channels_first: bool = False) -> nn.Module:
     Traceback (most recent call last):
     renorm.errors.SwapError: BatchNormalization has no weights yet: build it, or call it on a batch first
     """
-    kinds = {kind.__name__ for kind in type(layer).__mro__}
-    make = next((make for name, make in _MAKERS.items() if name in kinds), None)
-    if make is None:
+    bases: list[Any] = [kind for kind in type(layer).__mro__ if kind.__name__ in _MAKERS]
+    if not bases:
         raise SwapError(f"a Keras norm is one of {', '.join(_MAKERS)}; got {type(layer).__name__}")
+    base = bases[-1]
+    if getattr(type(layer), "call", None) is not getattr(base, "call", None):
+        raise SwapError(f"{type(layer).__name__} is a {base.__name__} with a call of its own: port that by hand")
     read = _Read.of(layer)
-    made: Any = make(read, channels_first)
+    made: Any = _MAKERS[base.__name__](read, channels_first)
+    if any(value.dtype == torch.float64 for value in read.values.values()):
+        made.double()
     with torch.no_grad():
         for name, theirs in _NAMES.items():
             value = next((read.values[key] for key in theirs if key in read.values), None)
@@ -119,12 +124,13 @@ class _Read:
 
 
 def _tensor(weight: Any) -> Tensor:
-    """A weight of any backend, on the CPU in float32."""
+    """A weight of any backend, on the CPU in float32 or, where it is that, float64."""
     value = getattr(weight, "value", weight)
     value = value() if callable(value) else value  # a method of TensorFlow's variables
     if not isinstance(value, Tensor):
-        value = torch.from_numpy(np.array(value, dtype=np.float32))
-    return value.detach().float().cpu()
+        array = np.array(value)
+        value = torch.from_numpy(array if array.dtype == np.float64 else array.astype(np.float32))
+    return (value if value.dtype == torch.float64 else value.float()).detach().cpu()
 
 
 def _batch(read: _Read, channels_first: bool) -> nn.Module:
@@ -137,7 +143,7 @@ def _batch(read: _Read, channels_first: bool) -> nn.Module:
         read.shape[0],
         axis=1 if channels_first or not read.last else -1,
         eps=layer.epsilon,
-        momentum=1 - layer.momentum,
+        momentum=round(1 - layer.momentum, 12),  # 1 - 0.99 is not 0.01
         affine=read.affine,
         unbiased=False,
     )

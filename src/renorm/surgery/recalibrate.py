@@ -79,8 +79,7 @@ def recalibrate(
 
     Raises:
         SwapError: no norm can be measured again, there is no batch, a norm met none, or a layer has no shape or no
-            values yet. Whatever is raised, by a
-            model or a loader too, the statistics are then as they were.
+            values yet. Whatever is raised, by a model or a loader too, the statistics are then as they were.
 
     Source: Y. Wu, J. Johnson: Rethinking "Batch" in BatchNorm, 2021 (arXiv:2105.07576).
 

@@ -12,7 +12,7 @@ from torch import nn
 from renorm.errors import SwapError
 from renorm.norms import named, zoo
 from renorm.norms.named import NormName
-from renorm.surgery.find import Site, describe, norms, refuse_lazy
+from renorm.surgery.find import Site, describe, norms, refuse_lazy, refuse_parallel
 
 __all__ = ["Change", "SwapReport", "swap"]
 
@@ -66,8 +66,8 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     channels becomes the largest smaller one that does, and the report says so. A subclass, which may do more than
     normalize (timm's BatchNormAct2d also activates), is left alone and reported: replace it with a function.
 
-    Raises SwapError where the rule cannot be read, matches nothing, or a norm has no shape yet; UnknownNormError and
-    PatternError for its right side.
+    Raises SwapError where the rule cannot be read, matches nothing, a norm has no shape yet, or the model is
+    DistributedDataParallel; UnknownNormError and PatternError for its right side.
 
     >>> model, report = swap(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "batch -> group(3)")
     >>> print(report)
@@ -75,6 +75,7 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
       1: BatchNorm2d -> GroupNorm(2, 8) (3 groups do not divide 8 channels: 2 instead)
     """
     refuse_lazy(model)
+    refuse_parallel(model)
     model = copy.deepcopy(model)
     sites = list(norms(model))
     choose = _by_function(rule) if callable(rule) else _by_name(_read(rule))
