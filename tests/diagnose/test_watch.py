@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 import sys
 
@@ -721,6 +722,9 @@ def _process(rank, folder):
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump([messages, sorted(names[0]), sorted(names[1]), list(report.failures)], file)
     torch.distributed.destroy_process_group()
+    sys.stderr.flush()
+    # Freed here, torch's reducer takes the group's thread down with the GIL held, for which that thread may be waiting.
+    os._exit(0)
 
 
 def test_processes_tell_once_and_gather(tmp_path, capfd):
