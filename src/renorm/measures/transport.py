@@ -205,14 +205,15 @@ def _quantile_distance(p: Distribution, q: Distribution, order: float) -> Tensor
 
 def _quantiles(p: Distribution, levels: Tensor) -> tuple[Tensor, torch.dtype]:
     """Those of all levels along the last dimension, and the dtype of the distribution itself."""
+    missing = MeasureError(
+        f"the Wasserstein distance needs distributions of one dimension that have icdf; {type(p).__name__} has none: "
+        "draw from both, wasserstein(p.rsample((n,)), q.rsample((n,)), given='samples')"
+    )
+    if p.event_shape:
+        raise missing
     try:
-        if p.event_shape:
-            raise NotImplementedError
         median = p.icdf(torch.tensor(0.5))
         levels = levels.to(median.device).reshape(-1, *[1] * len(p.batch_shape))
         return p.icdf(levels).movedim(0, -1), median.dtype
-    except NotImplementedError:
-        raise MeasureError(
-            f"the Wasserstein distance needs distributions of one dimension that have icdf; {type(p).__name__} has "
-            "none: draw from both, wasserstein(p.rsample((n,)), q.rsample((n,)), given='samples')"
-        ) from None
+    except NotImplementedError:  # of torch, where a distribution has none
+        raise missing from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,8 +49,9 @@ class _EvoNorm(Norm):
             y = torch.where(real, y, 0)
         return y.reshape(x.shape).to(x.dtype)
 
+    @abstractmethod
     def _respond(self, x: Tensor, v: Tensor, moments: Moments) -> Tensor:
-        raise NotImplementedError
+        """The activation that is divided by what `moments` has; `v` as it broadcasts over `x`."""
 
     def extra_repr(self) -> str:
         """That of `Norm`, and whether there is an activation."""

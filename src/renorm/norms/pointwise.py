@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +37,9 @@ class _Pointwise(nn.Module):
             y = torch.where(real, y, 0)
         return y.to(x.dtype)
 
+    @abstractmethod
     def _act(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What is done to each entry, in float32 or more."""
 
     def _along(self, parameter: Tensor, x: Tensor) -> Tensor:
         """`parameter` as it broadcasts over `x`, in its dtype."""

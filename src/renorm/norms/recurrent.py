@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -174,11 +175,11 @@ class _LayerNormRecurrence(nn.RNNBase):
         y, *last = run(of, sizes, end.endswith("reverse"), self.eps)
         return [t if t.dtype == a.dtype else t.to(a.dtype) for t in (y, *last) if t is not None]
 
+    @abstractmethod
     def _recurrence(
         self, kernel: str, a: Tensor, biases: list[Tensor], named: Callable[[str], Tensor], states: States
     ) -> Recurrence:
         """The tensors of a layer, of which `a` is W_ih x and `named` finds parameters."""
-        raise NotImplementedError
 
     def kernel(self, input: Tensor | PackedSequence) -> str:
         """The name of the kernel that runs the steps for this input: ``"native"`` or ``"reference"``."""

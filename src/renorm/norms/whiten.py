@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -74,13 +75,13 @@ class _Whitening(Norm):
         cov = torch.eye(size, device=device, dtype=dtype).repeat(groups, 1, 1) if track_running_stats else None
         self.register_buffer("running_cov", cov)
 
+    @abstractmethod
     def solve(self, cov: Tensor) -> Tensor:  # type: ignore[override]
         """From the covariance of each group to the matrix that is applied to its centred channels.
 
         Both (groups, c, c), in float64 on the CPU. A whitening of your own overrides this: differentiable torch code
         for which ``matrix @ cov @ matrix.mT`` is about the identity.
         """
-        raise NotImplementedError
 
     def batch_moments(self, batch: JointMoments) -> JointMoments:  # type: ignore[override]
         """The moments of the whole batch, that of all processes where there is a `process_group`; remembered."""
@@ -95,8 +96,9 @@ class _Whitening(Norm):
         """The pattern and what is particular to this layer."""
         return f"{self._particular()}, {super().extra_repr()}"
 
+    @abstractmethod
     def _particular(self) -> str:
-        raise NotImplementedError
+        """What tells this layer from others of its class."""
 
     def _running(self) -> tuple[Tensor, Tensor] | None:
         if self.running_mean is None or self.running_cov is None or not (self.track_running_stats and self._learns()):

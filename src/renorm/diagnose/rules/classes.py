@@ -64,8 +64,10 @@ def counted(history: History, enough: int) -> Counts | None:
     good=PREDICTED.format(labels=BALANCED, model=""),
 )
 def neglected_class(history: History) -> Iterator[Found]:
-    """A tenth as frequent as another, its recall below 0.3 while 80% of all are right; without that the ratio alone "
-    "(info)."""
+    """A tenth as frequent as another, its recall below 0.3 while 80% of all are right.
+
+    Without that the ratio alone is told, as an info.
+    """
     counts = counted(history, 500)
     if counts is None:
         return

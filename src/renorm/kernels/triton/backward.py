@@ -9,6 +9,7 @@ import triton.language as tl
 
 from renorm.kernels.triton.tiles import (
     ROUGH,
+    bases_of,
     cell_line,
     counted,
     derivative,
@@ -242,11 +243,7 @@ def reduce(
     )
     tiles_b = (counted(num_b, WIDE) + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
-    x_base = offset_of(outer, sizes, xs)
-    y_base = offset_of(outer, sizes, ys)
-    m_base = y_base
-    if mask_ptr is not None:
-        m_base = offset_of(outer, sizes, ms)
+    x_base, y_base, m_base = bases_of(mask_ptr, outer, sizes, xs, ys, ms)
     s1 = tl.zeros([K, B], tl.float32)
     s2 = tl.zeros([K, B], tl.float32)
     for step in range(low, high):
@@ -395,11 +392,7 @@ def combine(
     by_d = tl.load(by_ptr + sets + cell // merge, inside_k, 0.0).to(tl.float32)
     tiles_b = (counted(num_b, WIDE) + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
-    x_base = offset_of(outer, sizes, xs)
-    y_base = offset_of(outer, sizes, ys)
-    m_base = y_base
-    if mask_ptr is not None:
-        m_base = offset_of(outer, sizes, ms)
+    x_base, y_base, m_base = bases_of(mask_ptr, outer, sizes, xs, ys, ms)
     for step in range(low, high):
         b = counted(step, WIDE) % tiles_b * B + tl.arange(0, B)
         a = counted(step, WIDE) // tiles_b

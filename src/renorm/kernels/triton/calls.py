@@ -41,7 +41,7 @@ def forward(
     with _on(x):
         if tile is not None and y is not None and not measured:
             num_k = of.num_k // of.merge
-            tiles_k = _ceil(num_k, tile.cells)
+            tiles_k = launch.quotient(num_k, tile.cells)
             ahead.fused_forward[(of.num_outer * tiles_k,)](
                 x, residual, total, y, mask, weight, bias, stats,
                 num_k, tiles_k, of.num_b, of.merge, sets, max(1, of.params), of.param_div, eps, slope,
@@ -54,8 +54,8 @@ def forward(
             assert total is not None
             x, xs = torch.add(x, residual, out=total), of.y
         tile = launch.cell_tile(of)
-        tiles_k = _ceil(of.num_k, tile.cells)
-        tiles, steps = of.num_outer * tiles_k, of.num_a * _ceil(of.num_b, tile.entries)
+        tiles_k = launch.quotient(of.num_k, tile.cells)
+        tiles, steps = of.num_outer * tiles_k, of.num_a * launch.quotient(of.num_b, tile.entries)
         num_warps = launch.warps(tile)
         machine = launch.programs(x.device, num_warps)
         size: dict[str, int] = {"K": tile.cells, "B": tile.entries, "num_warps": num_warps}
@@ -68,11 +68,11 @@ def forward(
             )  # fmt: skip
             at_once = launch.merging(parts * of.merge)
             num = max(1, 256 // at_once)
-            ahead.finish[(_ceil(sets, num),)](
+            ahead.finish[(launch.quotient(sets, num),)](
                 partial, stats, of.cells, sets, parts, of.merge, eps, WIDE=of.wide, SETS=num, PARTS=at_once
             )
         if y is not None:
-            parts = _ceil(steps, launch.CHOICES.steps)
+            parts = launch.quotient(steps, launch.CHOICES.steps)
             ahead.apply[(tiles * parts,)](
                 x, y, mask, weight, bias, stats, affine,
                 of.num_k, tiles_k, of.num_a, of.num_b, of.merge, sets, parts, max(1, of.params), of.param_div, slope,
@@ -134,7 +134,7 @@ class _Backward:
     def fused(self, tile: launch.Tile, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
         of = self.of
         num_k = of.num_k // of.merge
-        tiles_k = _ceil(num_k, tile.cells)
+        tiles_k = launch.quotient(num_k, tile.cells)
         tiles = of.num_outer * tiles_k
         num_warps = launch.backward_warps(tile, of.along)
         grid = min(tiles, launch.programs(self.x.device, num_warps)) if of.along else tiles
@@ -151,8 +151,8 @@ class _Backward:
         self, weight: bool, bias: bool, fixed: bool, combine: Tensor | None, affine_gradient: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         of, tile = self.of, launch.cell_tile(self.of)
-        tiles_k = _ceil(of.num_k, tile.cells)
-        tiles, steps = of.num_outer * tiles_k, of.num_a * _ceil(of.num_b, tile.entries)
+        tiles_k = launch.quotient(of.num_k, tile.cells)
+        tiles, steps = of.num_outer * tiles_k, of.num_a * launch.quotient(of.num_b, tile.entries)
         num_warps = launch.warps(tile)
         machine = launch.programs(self.x.device, num_warps)
         size: dict[str, int] = {"K": tile.cells, "B": tile.entries}
@@ -171,7 +171,7 @@ class _Backward:
                 dw, db = self.sums(weight, 1), self.sums(bias, 1)
             at_once, merge = launch.merging(parts), launch.merging(of.merge)
             num = max(1, 256 // (at_once * merge))
-            back.solve[(_ceil(of.sets, num),)](
+            back.solve[(launch.quotient(of.sets, num),)](
                 partial, self.stats, self.affine, self.weight, by, dw, db, affine_gradient,
                 of.cells, of.sets, parts, of.merge, *self.parameters,
                 ALONG=of.along, ABOUT_ZERO=self.about_zero, FIXED=fixed, WIDE=of.wide,
@@ -179,7 +179,7 @@ class _Backward:
             )  # fmt: skip
         if not of.along:
             if self.dx is not None:
-                parts = _ceil(steps, launch.CHOICES.steps)
+                parts = launch.quotient(steps, launch.CHOICES.steps)
                 back.combine[(tiles * parts,)](
                     self.x, self.dy, self.dsum, self.dx, self.mask, self.weight, self.bias, self.stats, self.affine,
                     by, of.num_k, tiles_k, of.num_a, of.num_b, of.merge, of.sets, parts, *self.parameters,
@@ -206,10 +206,6 @@ def _collected(sums: Tensor | None, of: launch.Loops, like: Tensor | None) -> Te
     elif of.cells != of.params:
         sums = sums.view(-1, of.params, of.param_div).sum((0, 2))
     return sums.to(like.dtype).view(like.shape)
-
-
-def _ceil(number: int, by: int) -> int:
-    return -(-number // by)
 
 
 def _on(x: Tensor) -> Any:

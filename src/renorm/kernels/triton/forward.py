@@ -10,6 +10,7 @@ import triton.language as tl
 from renorm.kernels.triton.tiles import (
     ROUGH,
     activate,
+    bases_of,
     cell_line,
     counted,
     offset_of,
@@ -66,9 +67,7 @@ def fused_forward(
     y_offset = offset_of(outer, sizes, ys) + k[:, :, None] * ys[2] + b[None, None, :] * ys[1]
     x_offset = y_offset
     if not DENSE:
-        x_offset = y_offset
-        if not DENSE:
-            x_offset = offset_of(outer, sizes, xs) + k[:, :, None] * xs[2] + b[None, None, :] * xs[1]
+        x_offset = offset_of(outer, sizes, xs) + k[:, :, None] * xs[2] + b[None, None, :] * xs[1]
     x = tl.load(x_ptr + x_offset, inside, 0.0)
     if residual_ptr is not None:
         x = (x.to(tl.float32) + tl.load(residual_ptr + y_offset, inside, 0.0).to(tl.float32)).to(x.dtype)
@@ -324,11 +323,7 @@ def apply(
     c, slant, d = rounded_line(center, scale, center, shift, w, v)
     tiles_b = (counted(num_b, WIDE) + B - 1) // B
     low, high = span(pid % splits, splits, tiles_b * num_a)
-    x_base = offset_of(outer, sizes, xs)
-    y_base = offset_of(outer, sizes, ys)
-    m_base = y_base
-    if mask_ptr is not None:
-        m_base = offset_of(outer, sizes, ms)
+    x_base, y_base, m_base = bases_of(mask_ptr, outer, sizes, xs, ys, ms)
     for step in range(low, high):
         b = counted(step, WIDE) % tiles_b * B + tl.arange(0, B)
         a = counted(step, WIDE) // tiles_b

@@ -24,6 +24,7 @@ __all__ = [
     "merging",
     "processors",
     "programs",
+    "quotient",
     "splits",
     "warps",
 ]
@@ -186,11 +187,12 @@ def merging(parts: int) -> int:
 
 def splits(tiles: int, steps: int, machine: int, waves: int = 1) -> int:
     """Among how many programs the steps of each of these tiles are divided; `machine` programs run at a time."""
-    filling = min(_ceil(machine, tiles), _ceil(steps, CHOICES.steps))
-    return max(filling, min(_ceil(waves * machine, tiles), _ceil(steps, CHOICES.many_steps)))
+    filling = min(quotient(machine, tiles), quotient(steps, CHOICES.steps))
+    return max(filling, min(quotient(waves * machine, tiles), quotient(steps, CHOICES.many_steps)))
 
 
-def _ceil(number: int, by: int) -> int:
+def quotient(number: int, by: int) -> int:
+    """Rounded up."""
     return -(-number // by)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 __all__ = [
     "ROUGH",
     "activate",
+    "bases_of",
     "cell_line",
     "counted",
     "derivative",
@@ -36,6 +37,16 @@ def offset_of(outer, sizes, strides):
     outer = outer // sizes[1]
     offset += outer % sizes[2] * strides[5]
     return offset + outer // sizes[2] * strides[6]
+
+
+@triton.jit
+def bases_of(mask_ptr, outer, sizes, xs, ys, ms):
+    """Where an outer index lies in x, y and the mask."""
+    y_base = offset_of(outer, sizes, ys)
+    m_base = y_base
+    if mask_ptr is not None:
+        m_base = offset_of(outer, sizes, ms)
+    return offset_of(outer, sizes, xs), y_base, m_base
 
 
 @triton.jit
