@@ -186,6 +186,12 @@ def test_without_a_test_part_the_validation_scores_count_and_it_says_so() -> Non
     assert any("no test part" in note for note in analysis.notes)
 
 
+def test_the_score_of_a_constant_is_noted() -> None:
+    study, results = study_of(CLEAR)
+    told = analyse(replace(study, data={**study.data, "constant": {"valid": 0.5, "test": 0.9}}), results).notes
+    assert "Always predicting the most frequent class of the training part gives a test error of 90.0%." in told
+
+
 def test_trials_of_the_tuning_and_of_other_grids_are_left_out() -> None:
     study, results = study_of(CLEAR)
     tuning = result(spec("batch", 32, 0, test=False), 0.9)

@@ -163,6 +163,13 @@ def test_a_folder_that_cannot_be_written_is_exit_code_1(runner: CliRunner, tmp_p
     assert "Not a directory" in result.stderr
 
 
+def test_a_study_without_any_score_is_exit_code_1(runner: CliRunner, tmp_path: Path) -> None:
+    result = runner.invoke(main, ["compare", "--data", "wine", *QUICK, "--lr", "1e30", "--norm", "none", "--jobs", "1"])
+    assert result.exit_code == 1
+    assert "No trial has finished" in result.stdout
+    assert (tmp_path / "renorm-runs" / "wine-mlp" / "report.html").exists(), "it says why"
+
+
 def test_a_missing_extra_is_named(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(study: Study, *, module: str, **options: Any) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)

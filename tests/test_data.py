@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import datasets
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.metrics import root_mean_squared_error
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -170,6 +172,19 @@ def test_saved_splits_come_back_whole(tmp_path: Path) -> None:
     assert back.describe() == splits.describe()
     np.testing.assert_array_equal(back.x_test, splits.x_test)
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+@pytest.mark.parametrize("name", ["wine", "diabetes"])
+def test_the_constant_score_is_that_of_a_dummy(name: str) -> None:
+    parts = split(load(name), seed=0, valid=0.2, test=0.3)
+    x, y = np.zeros((len(parts.y_train), 1)), parts.y_train * parts.target_std + parts.target_mean
+    if parts.classes:
+        expected = float(np.mean(DummyClassifier().fit(x, y).predict(parts.x_test) != parts.y_test))
+    else:
+        truth = parts.y_test * parts.target_std + parts.target_mean
+        expected = root_mean_squared_error(truth, DummyRegressor().fit(x, y).predict(parts.x_test))
+    assert parts.constant_score("test") == pytest.approx(expected, rel=1e-5)
+    assert set(split(load(name), seed=0, valid=0.2, test=0.0).describe()["constant"]) == {"valid"}
 
 
 def test_the_description_is_plain_json() -> None:

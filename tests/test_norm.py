@@ -354,6 +354,12 @@ def test_any_pattern_by_whatever_kernel_is_the_formula(case):
     close(y, expected.reshape(x.shape), 1e-9 * max(1.0, expected.abs().max().item()))
 
 
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4), rn.LocalResponseNorm(3), rn.LayerNormLSTM(4, 4), rn.DyT(4)])
+def test_a_layer_without_a_pattern_is_not_explained(layer: nn.Module) -> None:
+    with pytest.raises(BackendError, match=f"has a pattern; got {type(layer).__name__}"):
+        rn.kernels.explain(layer, torch.randn(2, 4, 4))
+
+
 def test_explain_and_repr_say_what_ran():
     layer, x = rn.BatchNorm2d(4), torch.randn(2, 4, 3, 3)
     assert rn.kernels.explain(layer, x).startswith("kernel: torch.batch_norm\n[n] c [...] on 2x4x3x3: 4 sets of 18")

@@ -130,7 +130,8 @@ def compare(
     """Train one model with different norms on your data, and say what that shows.
 
     Without options: an MLP on scikit-learn's digits, six norms, batch sizes 2 and 32, three seeds. Ctrl-C
-    keeps the trials that have ended; the same command goes on from there.
+    keeps the trials that have ended; the same command goes on from there. The exit code is 1 where no trial
+    gave a score.
     """
     given = {
         "data": data, "target": target, "task": task, "model": model, "norm": norm, "batch_size": batch_size,
@@ -160,6 +161,8 @@ def compare(
             console.print(f"note: {note}", markup=False, highlight=False)
         console.print(f"took {duration(monotonic() - start)}; report: ", end="", highlight=False)
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+        if not any(row.score.num for row in comparison.analysis.rows):
+            raise typer.Exit(1)
 
 
 @main.command()

@@ -75,6 +75,16 @@ class Splits:
         """The shape of one sample; images are (C, H, W)."""
         return self.x_train.shape[1:]
 
+    def constant_score(self, part: str) -> float:
+        """What a model scores that gives the training part's most frequent class, or its mean, for every sample.
+
+        An error rate (0 to 1), or a root mean squared error in the target's units.
+        """
+        y = getattr(self, f"y_{part}")
+        if self.task == "classification":
+            return float(np.mean(y != np.bincount(self.y_train).argmax()))
+        return self.target_std * float(np.sqrt(np.mean(np.square(y, dtype=np.float64))))
+
     def describe(self) -> dict[str, Any]:
         """The data in plain JSON values, for the study's record and the report."""
         return {
@@ -90,6 +100,7 @@ class Splits:
             "target": self.target,
             "target_mean": self.target_mean,
             "target_std": self.target_std,
+            "constant": {part: self.constant_score(part) for part in ("valid", "test") if self.num(part)},
             "notes": list(self.notes),
         }
 

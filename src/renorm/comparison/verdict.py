@@ -9,7 +9,7 @@ from typing import Any
 from renorm.choices.reversible import parted
 from renorm.comparison.cells import LEAST_PAIRS, SIGNIFICANCE, Cell, Row, corrected, paired
 from renorm.comparison.forecast import BASELINES
-from renorm.comparison.score import Score
+from renorm.comparison.score import Estimate, Score, estimate
 from renorm.comparison.spec import Setting, StudyRecord, varying_fields
 
 __all__ = ["joined", "model_title", "norm_title", "notes", "sentence", "setting_title"]
@@ -125,7 +125,7 @@ def _of_choices(score: Score, cell: Cell, cells: Sequence[Cell]) -> list[str]:
 
 def _of_cell(score: Score, cell: Cell, title: str) -> str:
     best = cell.rows[0]
-    value = score.text(best.score) + ("" if score.is_rate else f" in {score.unit}")
+    value = _value(score, best.score)
     tied = [row for row in cell.rows[1:] if row.place != "unfinished" and row.score.mean == best.score.mean]
     names = joined([_spoken_title(row.norm) for row in (best, *tied)])
     if len(cell.rows) == 1:
@@ -134,6 +134,11 @@ def _of_cell(score: Score, cell: Cell, title: str) -> str:
         return f"At {title} only {names} finished, with a {score.title} of {value}."
     verb = "have" if tied else "has"
     return f"At {title}, {names} {verb} the lowest mean {score.title} ({value}){_against(score, cell)}."
+
+
+def _value(score: Score, value: Estimate) -> str:
+    """With its unit: "2.7%", "54.1 in units of price"."""
+    return score.text(value) + ("" if score.is_rate else f" in {score.unit}")
 
 
 def _against(score: Score, cell: Cell) -> str:
@@ -174,6 +179,7 @@ def notes(record: StudyRecord, score: Score, cells: Sequence[Cell], num_missing:
     """What a reader must know to read the numbers rightly."""
     found = [
         _note_of_part(score),
+        _note_of_constant(record, score),
         _note_of_survivors(cells),
         f"{num_missing} of {len(record.keys)} trials have not run yet." if num_missing else "",
         _TUNED if record.settings.get("tune_lr") else _SHARED,
@@ -186,6 +192,15 @@ def _note_of_part(score: Score) -> str:
     if score.part == "test":
         return ""
     return "There is no test part: the scores are of the validation part."
+
+
+def _note_of_constant(record: StudyRecord, score: Score) -> str:
+    """What the least of models scores, so that one sees whether anything was learnt."""
+    value = record.data.get("constant", {}).get("test" if score.part == "test" else "valid")
+    if value is None:  # of a forecast, which has its naive ones
+        return ""
+    what, shown = "most frequent class" if score.is_rate else "mean", _value(score, estimate([value]))
+    return f"Always predicting the {what} of the training part gives a {score.title} of {shown}."
 
 
 def _note_of_survivors(cells: Sequence[Cell]) -> str:

@@ -215,6 +215,8 @@ class _Layer(Protocol):
 def explain(layer: _Layer, x: Tensor, mask: Tensor | None = None) -> str:
     """Which kernel `layer` runs on `x`, in the mode it is in, and the loops over x's memory.
 
+    Raises BackendError where `layer` is no `renorm.Norm`, nor made of one.
+
     >>> import renorm
     >>> print(explain(renorm.GroupNorm(2, 4), torch.zeros(3, 4, 5)))
     kernel: torch.group_norm
@@ -224,4 +226,9 @@ def explain(layer: _Layer, x: Tensor, mask: Tensor | None = None) -> str:
       c     reduced  weighted   2 x 5
       ...0  reduced             5 x 1
     """
+    if not hasattr(layer, "plan"):
+        raise BackendError(
+            f"a kernel is explained for a layer that has a pattern; got {type(layer).__name__}: write renorm.Norm, or "
+            "renorm.swap(model, ...) to have such layers in the place of torch's"
+        )
     return f"kernel: {layer.kernel(x, mask)}\n{layer.plan(x)}"
