@@ -114,9 +114,9 @@ def test_a_backend_that_cannot_run():
 def test_filter_response_norm_of_vectors_is_a_sign_unless_eps_is_learnt():
     x = torch.tensor([[-3.0, 0.1], [2.0, -0.2]])
     close(FRN(2)(x), x.sign(), 1e-4)
-    layer = FRN(2, eps=1e-4, learn_eps=True)
+    layer = FRN(2, learn_eps=True)
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias", "learnt_eps"]
-    close(layer(x), x / (x * x + 1e-4).sqrt(), 1e-6)
+    close(layer(x), x / (x * x + 1e-6 + 1e-4).sqrt(), 1e-6)
     layer(x).square().sum().backward()
     assert (layer.learnt_eps.grad < 0).all()
     assert "learn_eps=True" in repr(layer)
@@ -124,7 +124,8 @@ def test_filter_response_norm_of_vectors_is_a_sign_unless_eps_is_learnt():
 
 
 def test_a_learnt_eps_of_zero_divides_by_nothing():
-    layer = FRN(2, eps=0.0, learn_eps=True)
+    layer = FRN(2, learn_eps=True)
+    nn.init.zeros_(layer.learnt_eps)
     x = torch.zeros(3, 2, 5, requires_grad=True)
     layer(x).sum().backward()
     assert all(gradient.isfinite().all() for gradient in (x.grad, layer.learnt_eps.grad))

@@ -36,7 +36,7 @@ def filter_response(eps):
                 n = kept.sum()
                 if n:
                     nu2 = x[i, c][kept].square().sum() / n
-                    e = eps if layer.learnt_eps is None else layer.learnt_eps[c].double().abs()
+                    e = eps + (0 if layer.learnt_eps is None else layer.learnt_eps[c].double().abs())
                     y[i, c] = x[i, c] / (nu2 + e).sqrt()
         return y if layer.weight is None else y * along(layer.weight, x) + along(layer.bias, x)
 
@@ -141,8 +141,8 @@ IDENTITY = {
 
 CASES = [
     Case("FRN", lambda: FRN(6), IMAGE, filter_response(1e-6)),
-    Case("FRN-NC", lambda: FRN(6, learn_eps=True, eps=1e-4), VECTOR, filter_response(None)),
-    Case("FRN-NCL-learnt-eps", lambda: FRN(6, learn_eps=True), SEQUENCE, filter_response(None)),
+    Case("FRN-NC", lambda: FRN(6, learn_eps=True), VECTOR, filter_response(1e-6)),
+    Case("FRN-NCL-learnt-eps", lambda: FRN(6, learn_eps=True), SEQUENCE, filter_response(1e-6)),
     Case("FRN-plain", lambda: FRN(6, affine=False), VOLUME, filter_response(1e-6)),
     Case("TLU", lambda: TLU(6), IMAGE, thresholded(1), exempt=POINTWISE),
     Case("TLU-last", lambda: TLU(9, axis=-1), SEQUENCE, thresholded(-1), exempt=POINTWISE),

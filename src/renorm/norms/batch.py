@@ -41,7 +41,7 @@ class GhostBatchNorm(BatchNorm):
     In evaluation the running statistics normalize, whatever the size of the batch. They move once for each batch, with
     `momentum` (torch's), towards the statistics of the whole of it: the mean of the ghosts' means, weighted by their
     counts, and the variance within and between them. So they are what `BatchNorm` keeps of the same batches. The
-    paper's Algorithm 1 moves them once for each ghost: its k steps of momentum m forget as much as one step of
+    authors' code moves them once for each ghost: its k steps of momentum m forget as much as one step of
     1 - (1 - m)^k, and weigh later ghosts more.
 
     Arguments as `torch.nn.BatchNorm1d`, with `size`, the samples in a ghost, and `axis`, the dimension of the channels,
@@ -349,8 +349,10 @@ class PowerNorm(_ByKnown):
     Sums are over the n real entries of a channel: padding that is masked does not count.
 
     The first `warmup` batches are divided by their own quadratic mean, with the exact gradient (the paper's PN-V),
-    while $\psi$ and $\nu$ move as above; the authors' code does so for 10,000 batches, Algorithm 2 does not. They also
-    put an RMS norm over the channels in front: write ``nn.Sequential(RMSNorm(c), PowerNorm(c, axis=-1))``.
+    while $\psi$ and $\nu$ move as above; Algorithm 2 has no such batches. The authors' code differs from it: it has
+    10,000 of them, with the approximate gradient and a $\psi$ that is their plain mean, and divides every gradient by
+    the batch's own quadratic mean in place of $\psi$. It also has an RMS norm over the channels in front: write
+    ``nn.Sequential(RMSNorm(c, eps=1e-5, elementwise_affine=False), PowerNorm(c, axis=-1))``.
 
     The buffers: `running_var` is $\psi^2$, 1 at first, `nu` is $\nu$, 0 at first, and `running_mean` stays 0. A second
     derivative is that of the approximate gradient. Other arguments as `BatchNorm`. Shen et al. 2020, arXiv:2003.07845.

@@ -36,7 +36,8 @@ def centralize_gradients(
 
     $$g_i \leftarrow g_i - \frac{1}{m} \sum_{j=1}^{m} g_{ij}$$
 
-    where g_i is the gradient of the m weights of unit i: of all but the output dimension.
+    where g_i is the gradient of the m weights of unit i: of all but the output dimension. Weight decay, which comes
+    behind it, moves the mean of the weights; the authors' SGD subtracts the mean of the sum of both.
 
     Args:
         optimizer: any of torch.optim, or a subclass of `torch.optim.Optimizer`.

@@ -13,13 +13,13 @@ from renorm.norms.norm import Norm
 
 __all__ = ["FRN", "GlobalResponseNorm"]
 
-_LEAST = 1e-12  # a learnt eps of 0 would make the gradient of an all-zero map NaN
+_LEARNT = 1e-4  # the paper's start of a learnt eps
 
 
 class FRN(Norm):
     r"""Filter response norm: divide each channel of each sample by its root mean square, ``n c [...]`` about zero.
 
-    $$y = \frac{x}{\sqrt{\text{E}[x^2] + |\text{eps}|}} \cdot \text{weight} + \text{bias}$$
+    $$y = \frac{x}{\sqrt{\text{E}[x^2] + \text{eps}}} \cdot \text{weight} + \text{bias}$$
 
     over the positions. It goes with a `TLU` behind it: nothing is centered, so a ReLU could cut off a whole map.
 
@@ -27,8 +27,8 @@ class FRN(Norm):
         num_features: channels C.
         eps: the paper's value where maps have many positions is 1e-6.
         affine: False leaves weight and bias out.
-        learn_eps: True learns an eps for each channel, `learnt_eps`, starting from `eps`. For maps of one position,
-            vectors too: there a small constant makes the norm a sign function, and the paper learns it from 1e-4 on.
+        learn_eps: True learns what is added to `eps` for each channel, the absolute value of `learnt_eps`, from 1e-4
+            on. For maps of one position, vectors too: there a small constant makes the norm a sign function.
         activation: as `Norm`.
         backend: as `Norm`.
 
@@ -68,7 +68,7 @@ class FRN(Norm):
             c=num_features,
         )
         self.num_features = num_features
-        start = torch.full((num_features,), eps, device=device, dtype=dtype) if learn_eps else None
+        start = torch.full((num_features,), _LEARNT, device=device, dtype=dtype) if learn_eps else None
         self.learnt_eps = None if start is None else nn.Parameter(start)
 
     @property
@@ -79,7 +79,7 @@ class FRN(Norm):
         """Divide by the root mean square, with an eps for each channel where it is learnt."""
         if self.learnt_eps is None:
             return super().solve(moments)
-        eps = _over_channels(self.learnt_eps, moments).abs().clamp(min=_LEAST)
+        eps = self._eps(moments.mean) + _over_channels(self.learnt_eps, moments).abs()
         return Affine(torch.rsqrt(moments.var + eps))
 
     def extra_repr(self) -> str:

@@ -218,7 +218,8 @@ class SelfNorm(Norm):
     \cdot \text{std}$$
 
     over the positions of one channel of one sample, with biased variances and std = sqrt(var + eps). f and g are, for
-    each channel, the sigmoid of a linear function of (mean, std) that is batch-normalized, as the authors have it.
+    each channel, the sigmoid of a linear function of (mean, std) that is batch-normalized, as the authors have it
+    (their code takes g = f unless it is told otherwise, unbiased variances and an eps of 1e-12).
     A batch of one sample is normalized by the running statistics of f and g. `batch_norm=False` has a bias in its
     place, so that samples do not depend on each other in training either: in evaluation both compute the same
     functions. `axis` is the dimension of the channels, 1 or -1.

@@ -315,13 +315,17 @@ def _singular_vectors(matrix: Tensor, steps: int = 32) -> tuple[Tensor, Tensor]:
     return u[:, 0], known.mT @ w[0]
 
 
-def weight_standardization(module: M, name: str = "weight", eps: float = 1e-5, gain: bool = False) -> M:
+def weight_standardization(module: M, name: str = "weight", eps: float = 1e-10, gain: bool = False) -> M:
     r"""Standardize the weights of each output channel.
 
     $$\hat{w}_{ij} = \frac{w_{ij} - \text{mean}_i}{\sqrt{\text{var}_i + \text{eps}}}$$
 
     with mean and biased variance over the n weights of output i. With `gain` it is scaled weight standardization,
     $\text{gain}_i \, \hat{w}_{ij} / \sqrt{n}$, whose gains are learnt, from 1 on: add them to the optimizer.
+
+    The variance of weights is about 1 / n: an eps of 1e-5, as norms of activations have it, would make weights of 512
+    channels 6 % smaller, and a network without norms lose its signal (to 15 % over 30 layers). The authors add 1e-5 to
+    the unbiased deviation, which is hardly more than eps here.
 
     Shapes: the weight (outputs, ...), or (inputs, outputs of a group, ...) in transposed convolutions, keeps its
     own; gain (outputs,). Equal weights become 0.

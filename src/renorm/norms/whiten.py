@@ -274,7 +274,8 @@ class IterNorm(_Whitening):
 
     with S = cov + eps I, its trace t, and T `iterations`. Large eigenvalues come to 1 first, small ones the later the
     smaller they are of t: few steps are a whitening that spares directions without much variance. Many give that of
-    ``BatchWhitening(method="zca")``. Other arguments, shapes, masks and errors are those of `BatchWhitening`.
+    ``BatchWhitening(method="zca")``. Other arguments, shapes, masks and errors are those of `BatchWhitening`. For
+    evaluation the covariance is averaged, of which T steps are made then; the authors' code averages the matrices.
 
     Args:
         num_features: channels C.
