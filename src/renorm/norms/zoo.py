@@ -374,9 +374,9 @@ class SwitchNorm(Norm):
     + \text{bias}, \qquad w = \text{softmax}(\text{mean\_weight}),\; w' = \text{softmax}(\text{var\_weight})$$
 
     over the `partitions`, in their order: instance ``n c [...]``, layer ``n [c ...]`` and batch ``[n] c [...]``.
-    All variances are biased, those kept for evaluation too (in the authors' code unbiased). In evaluation the batch statistics are the running
-    ones. `momentum` is torch's, the weight of the new batch, or None for the average over all batches; `axis` is
-    the dimension of the channels, 1 or -1. Luo et al. 2018, arXiv:1806.10779.
+    All variances are biased, those kept for evaluation too (in the authors' code unbiased). In evaluation the batch
+    statistics are the running ones. `momentum` is torch's, the weight of the new batch, or None for the average over
+    all batches; `axis` is the dimension of the channels, 1 or -1. Luo et al. 2018, arXiv:1806.10779.
 
     >>> SwitchNorm(3)(torch.randn(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])

@@ -69,8 +69,10 @@ def contents(found: dict[str, Results]) -> str:
         rows.append((title, said, found[name].scale if name in found else ""))
     return (
         "# Studies\n\nPublished findings about normalization and the choices around it, run again in minutes: "
-        "`renorm study list` names them, `renorm study NAME --quick` runs one. Rates and sizes come from trial "
-        "runs, what must hold does not: it was made stricter at most, and what did not come out stays here.\n\n"
+        "`renorm study list` names them, `renorm study NAME --quick` runs one. What must hold was written before the "
+        "run that is shown; trial runs have set rates and sizes, and after how many steps batch renorm is judged "
+        "([decisions](../decisions.md) 82 and 85). A threshold (*at least 10 points*) is held against the mean, and "
+        "its interval may reach below. What did not come out stays here.\n\n"
         f"{_markdown(Table('', ('study', 'result', 'form'), tuple(rows)))}\n"
     )
 

@@ -115,8 +115,8 @@ def reading(rows: Rows) -> str:
         "In an MLP two samples a batch are two values for each channel: standardized, they are +1 and -1 whatever "
         "they were, and all that is left of a sample is the order of the two. It is no matter of evaluation alone: on "
         f"the digits at 2, the training error is {percent(train)}, and with statistics of all training data in place "
-        f"of the running ones the test error is {percent(all_data)}. `renorm check` warns below 16 values for each "
-        "channel."
+        f"of the running ones the test error is {percent(all_data)}. `renorm check` warns below 8 values for each "
+        "channel, and remarks on fewer than 16."
     )
     if not (net := rows.where(model="resnet")).rows:
         return said
