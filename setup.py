@@ -272,8 +272,10 @@ class BuildNative(build_ext):
             else:
                 flags, link_flags = [*flags, "-fopenmp"], [*link_flags, "-fopenmp"]
         isas = ISAS[style]
+        # GCC does not align the stack of Windows for such vectors (its bug 54412).
         known = all(not self.probe(PROBE_ISA[isa], [*isas[isa], *flags]) for isa in isas)
-        return Toolchain(list(isas) if known else [], flags, link_flags)
+        aligned = self.compiler.compiler_type != "mingw32"
+        return Toolchain(list(isas) if known and aligned else [], flags, link_flags)
 
     def probe(self, code: str, flags: list[str], link_flags: list[str] | None = None) -> str:
         """What the compiler objects to in `code`, and the linker where its flags are given; empty for nothing."""

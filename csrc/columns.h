@@ -4,6 +4,7 @@
 constexpr int64_t kColumns = 2048;  // of a panel at most: its tables stay in L1
 constexpr int64_t kNarrow = 128;    // columns below which a row is not worth reading in parts
 constexpr int64_t kFirstRows = 64, kRows = 256;  // of a block
+constexpr int64_t kMeanRows = 4;  // whose mean is the first shift
 
 // How columns are handed out: panels of `width` columns and all r0 rows; or, where panels are too few for the
 // threads, the rows of each outer index are split among them.
@@ -27,7 +28,7 @@ struct ColumnPlan {
         width = least(nest.k1, ((nest.k1 + blocks - 1) / blocks + unit - 1) / unit * unit);  // as even as can be
         blocks = (nest.k1 + width - 1) / width;
         tasks = size.outer * blocks;
-        split = !nest.along && tasks < 4 * threads && tasks % threads != 0;
+        split = !nest.along && tasks < 4 * threads && tasks % threads != 0 && nest.r0 >= kMeanRows * threads;
     }
 };
 
@@ -101,9 +102,9 @@ struct ColumnForward : Forward<T> {
             table.cells[k].n = table.cells[k].s = table.cells[k].q = 0;
             table.cells[k].shift = A(0);
         }
-        if (!job.about_zero) {  // the mean of the first rows; of all where some are masked
+        if (!job.about_zero && begin < end) {  // the mean of the first rows; of all where some are masked
             for (int64_t row = begin, stop = job.mask ? end : begin + 1, rows; row < stop; row += rows) {
-                rows = least(job.mask ? kRows : 4, end - row);
+                rows = least(job.mask ? kRows : kMeanRows, end - row);
                 double real_rows = block(table, k0, first, n, row, rows);
                 for (int64_t k = 0; k < n; k++) {
                     table.cells[k].n += real_rows + double(table.count[k]);
@@ -237,11 +238,11 @@ bool column_forward(const Job& job) {
     const Nest& nest = job.nest;
     ColumnPlan plan(job, kernel.size, sizeof(T));
     if (!plan.split) {
-        bool short_of_memory = false;
+        Flag short_of_memory;
         parallel(plan.threads, [&](int thread, int threads) {
             ColumnScratch<T> own(plan.width);
             if (!own.ok()) {
-                short_of_memory = true;
+                short_of_memory.raise();
                 return;
             }
             for (int64_t task = plan.tasks * thread / threads; task < plan.tasks * (thread + 1) / threads; task++) {
@@ -264,14 +265,16 @@ bool column_forward(const Job& job) {
     Scratch<Cell<A>> cells(nest.k1 * plan.threads);
     Scratch<A> lines(3 * nest.k1);
     if (!cells || !lines) return false;
-    bool short_of_memory = false;
+    Flag short_of_memory;
     for (int64_t k0 = 0; k0 < kernel.size.outer; k0++) {
         if (!job.measured || job.residual) {
+            // The team may be smaller than the one that was asked for, and than the last one.
+            memset((void*)cells.data, 0, size_t(nest.k1 * plan.threads) * sizeof(Cell<A>));
             parallel(plan.threads, [&](int thread, int threads) {
                 int64_t begin = nest.r0 * thread / threads, end = nest.r0 * (thread + 1) / threads;
                 ColumnMoments<T> own(plan.width);
                 if (!own.ok()) {
-                    short_of_memory = true;
+                    short_of_memory.raise();
                     return;
                 }
                 for (int64_t first = 0; first < nest.k1; first += plan.width) {
@@ -425,7 +428,7 @@ bool column_backward(const Job& job) {
     const Nest& nest = job.nest;
     ColumnPlan plan(job, size, 2 * sizeof(T));
     bool reduces = !job.combine, wants = nest.along && (job.dweight || job.dbias);
-    bool short_of_memory = false;
+    Flag short_of_memory;
     if (plan.split) {
         Scratch<double> parts(2 * nest.k1 * plan.threads);
         Scratch<A> table(6 * nest.k1);
@@ -437,7 +440,7 @@ bool column_backward(const Job& job) {
                 parallel(plan.threads, [&](int thread, int threads) {
                     Scratch<A> block(2 * plan.width);
                     if (!block) {
-                        short_of_memory = true;
+                        short_of_memory.raise();
                         return;
                     }
                     double* part = parts + 2 * nest.k1 * thread;
@@ -470,7 +473,7 @@ bool column_backward(const Job& job) {
     parallel(plan.threads, [&](int thread, int threads) {
         Scratch<A> table(6 * plan.width), block(2 * plan.width);
         if (!table || !block) {
-            short_of_memory = true;
+            short_of_memory.raise();
             return;
         }
         double *dw = tables + 2 * along * thread, *dv = dw + along;

@@ -21,6 +21,18 @@ inline void parallel(int threads, F f) {
 #endif
     f(0, 1);
 }
+// What any thread may raise.
+struct Flag {
+    int raised = 0;
+    void raise() {
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+        raised = 1;
+    }
+    operator bool() const { return raised != 0; }
+};
+
 inline int worth(const Job& job, int64_t entries) {
     return int(most(1, least(job.threads, entries / kEntriesPerThread)));
 }

@@ -52,8 +52,9 @@ struct Job {
     const void* dy;
     const void* dsum;       // gradient of `sum`, added to dx
     void* dx;               // null: sums only
-    double* sums;           // sum of dy and of dy * (x - center), one row each over the cells
-    const double* combine;  // dx = A dy + B (x - center) + D: rows B, D over the sets; null: by the statistics
+    double* sums;           // gradients of scale, center and shift, one row each over the sets; null: not wanted
+    const double* combine;  // dx = A dy + B (x - c) + D, c the mean as the accumulator holds it: rows B, D over the
+                            // sets; null: by the statistics
     void* dweight;
     void* dbias;
     int fixed;  // the statistics do not depend on x
@@ -104,7 +105,8 @@ struct RecurrentJob {
     void* dcandidate_x;
     void* dpre;     // (packed, gates)
     void* dstates;  // (packed, state): where h is projected
-    double* sums;   // (threads, 6 hidden): of norm_weight, cell_weight, cell_bias; GRU: norm_weight, norm_bias
+    double* sums;   // (threads, 6 hidden): of norm_weight, cell_weight, cell_bias; GRU (threads, 4 hidden): norm_weight,
+                    // norm_bias
 };
 
 // One for each instruction set. All return false where memory is short.

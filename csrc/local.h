@@ -9,18 +9,9 @@
 
 constexpr int64_t kLocalScratch = 24 * 1024;  // bytes of the rows that stay in L1 beside the input
 constexpr int64_t kLocalBlock = 512;          // entries of a block of pixels
-constexpr int64_t kAhead = 2048;              // bytes that are fetched ahead: the loads alone do not keep memory busy
 constexpr int64_t kShifts = 8;                // windows up to here are added entry by entry
 
-// Asks for memory ahead of its use; past the end it does nothing. Inlined by order: GCC takes a function that only
-// prefetches for one without effect and drops the calls.
-RENORM_ALWAYS inline void fetch(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 3);
-#else
-    (void)p;
-#endif
-}
+// Like `prefetch`, of memory that is written.
 RENORM_ALWAYS inline void fetch_to_write(const void* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 1, 3);
@@ -243,13 +234,13 @@ struct LocalSizes {
             width = ((positions + tiles - 1) / tiles + lanes - 1) / lanes * lanes;  // tiles of about one size
             scratch = rows * width;
             gap = row = 0;
-            ahead = (kAhead / bytes / width + 1) * channel_stride;
+            ahead = (kStreamAhead / bytes / width + 1) * channel_stride;
         } else {
             gap = (most(before, after) + lanes - 1) / lanes * lanes;
             row = (channels + most(before, after) + lanes - 1) / lanes * lanes;
             width = least(positions, most(1, kLocalBlock / row));
             scratch = (job.dy ? 4 : 2) * entries(lanes);
-            ahead = kAhead / bytes;
+            ahead = kStreamAhead / bytes;
         }
         tasks = batch * ((positions + width - 1) / width);
     }
@@ -267,7 +258,7 @@ bool planes_forward(const Response<A>& r, const LocalSizes& sizes, const T* x, T
         const T *x_t = x + t * sizes.channel_stride, *x_c = x + c * sizes.channel_stride;
         T* y_c = y + c * sizes.channel_stride;
         each_position<A>(width, [&](int64_t p, int64_t i, auto span) RENORM_INLINE {
-            fetch(x_t + p + sizes.ahead);
+            prefetch(x_t + p + sizes.ahead);
             fetch_to_write(y_c + p + sizes.ahead);
             Vec<A> v = enters ? get<A>(span, x_t + p, A(0)) : splat(A(0));
             Vec<A> sum = window.push(i, v * v);
@@ -302,8 +293,8 @@ bool planes_backward(const Response<A>& r, const LocalSizes& sizes, const T* x, 
         if (c >= 0) row_c = row_c + 1 == rows ? 0 : row_c + 1;
         const A* direct_i = direct + row_c * size;  // the oldest
         each_position<A>(width, [&](int64_t p, int64_t i, auto span) RENORM_INLINE {
-            fetch(x_t + p + sizes.ahead);
-            fetch(dy_c + p + sizes.ahead);
+            prefetch(x_t + p + sizes.ahead);
+            prefetch(dy_c + p + sizes.ahead);
             fetch_to_write(dx_i + p + sizes.ahead);
             Vec<A> v = enters ? get<A>(span, x_t + p, A(0)) : zero;
             Vec<A> sum = squares.push(i, v * v), share = zero;
@@ -374,7 +365,7 @@ inline Shifted<A> pixel_squares(const LocalSizes& sizes, const T* x, int64_t wid
     int64_t n = sizes.gap + width * sizes.row;
     std::memset(q, 0, size_t(n + sizes.num) * sizeof(A));
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
-        fetch(x + offset + sizes.ahead);
+        prefetch(x + offset + sizes.ahead);
         Vec<A> v = get<A>(span, x + offset, A(0));
         store<A>(q + place, v * v);  // 0 beyond a part: the gap stays empty
     });
@@ -406,7 +397,7 @@ bool pixels_backward(const Response<A>& r, const LocalSizes& sizes, const T* x, 
     A* share = scratch + 3 * entries;  // dy x d^(-beta - 1); 0 in the gaps
     std::memset(share, 0, size_t(n + sizes.num) * sizeof(A));
     each_channel<A>(sizes, width, [&](int64_t offset, int64_t place, auto span) RENORM_INLINE {
-        fetch(dy + offset + sizes.ahead);
+        prefetch(dy + offset + sizes.ahead);
         Vec<A> d = k + alpha * squares.at(place);
         largest.see(d);
         Inverse<A> inverse = invert(d, r);
@@ -451,14 +442,11 @@ bool local_as(const LocalJob& job) {
     bool in_float = sizeof(A) < sizeof(double) && Response<A>::suits_float(job);
     int64_t entries = job.batch * job.channels * job.positions;
     int threads = int(most(1, least(least(job.threads, sizes.tasks), entries / kEntriesPerThread)));
-    int failed = 0;
+    Flag failed;
     parallel(threads, [&](int thread, int threads) {
         Scratch<double> scratch(sizes.scratch);
         if (!scratch.data) {
-#ifdef _OPENMP
-#pragma omp atomic write
-#endif
-            failed = 1;
+            failed.raise();
             return;
         }
         for (int64_t task = sizes.tasks * thread / threads; task < sizes.tasks * (thread + 1) / threads; task++) {

@@ -4,8 +4,11 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 
 #include "job.h"
 
@@ -55,20 +58,21 @@ bool has_avx512() {
 #endif
 #endif
 
-// The widest there is, or the one that the environment's RENORM_ISA names.
-void choose_kernels() {
-    const char* wanted = std::getenv("RENORM_ISA");
+// The widest there is, or where the environment's RENORM_ISA names a narrower one that. False for a name that there is
+// not.
+bool choose_kernels(const char* wanted) {
+    bool known = !*wanted;
+    for (const char* name : {"baseline", "avx2", "avx512"}) known = known || std::strcmp(wanted, name) == 0;
 #ifdef RENORM_X86
     const Kernels* all[] = {&kernels_baseline, has_avx2() ? &kernels_avx2 : nullptr,
                             has_avx512() ? &kernels_avx512 : nullptr};
     for (const Kernels* some : all) {
         if (!some) continue;
         kernels = some;
-        if (wanted && std::strcmp(wanted, some->name) == 0) return;
+        if (std::strcmp(wanted, some->name) == 0) break;
     }
-#else
-    (void)wanted;
 #endif
+    return known;
 }
 
 // Fresh memory comes in pages of 4 KiB, each of which costs a fault when it is first written: for a large output
@@ -288,17 +292,16 @@ template <class T>
 bool move_running(int64_t num, const double* stats, double factor, bool unbiased, T* mean, T* var) {
     const double *m = stats, *v = stats + num, *n = stats + 2 * num;
     bool any = false;
+    const double most = double(std::numeric_limits<T>::max());
+    auto unbiased_of = [=](int64_t i) { return unbiased && n[i] > 1 ? v[i] * n[i] / (n[i] - 1) : v[i]; };
     for (int64_t i = 0; i < num; i++) {
-        if (!(m[i] - m[i] == 0) || !(v[i] - v[i] == 0)) return false;
+        if (!(std::fabs(m[i]) <= most) || !(unbiased_of(i) <= most)) return false;  // nor is NaN
         any = any || n[i] > 0;
     }
     if (!any) return false;
     for (int64_t i = 0; i < num; i++) {
         if (n[i] > 0) mean[i] = T(factor * m[i] + (1 - factor) * double(mean[i]));
-        if (n[i] > (unbiased ? 1 : 0)) {
-            double value = unbiased ? v[i] * n[i] / (n[i] - 1) : v[i];
-            var[i] = T(factor * value + (1 - factor) * double(var[i]));
-        }
+        if (n[i] > (unbiased ? 1 : 0)) var[i] = T(factor * unbiased_of(i) + (1 - factor) * double(var[i]));
     }
     return true;
 }
@@ -393,7 +396,11 @@ struct PyModuleDef definition = {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native(void) {
-    choose_kernels();
+    const char* wanted = std::getenv("RENORM_ISA");
+    if (!choose_kernels(wanted ? wanted : "")) {
+        PyErr_Format(PyExc_ImportError, "RENORM_ISA is one of baseline, avx2, avx512; got %s", wanted);
+        return nullptr;
+    }
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif

@@ -45,7 +45,9 @@ inline double widen(double value) { return value; }
 inline float widen(bf16 value) { return float_of(uint32_t(value.bits) << 16); }
 inline float widen(f16 value) {
     uint32_t magnitude = value.bits & 0x7fffu;
-    uint32_t bits = bits_of(float_of(magnitude << 13) * float_of((127 + 112) << 23));  // exponent bias 15 -> 127
+    // Exponent bias 15 -> 127; a subnormal half by no subnormal float, which threads may be told to flush.
+    uint32_t bits = magnitude < 0x400u ? bits_of(float(magnitude) * float_of((127 - 24) << 23))
+                                       : (magnitude << 13) + (112u << 23);
     if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude << 13);
     return float_of(bits | uint32_t(value.bits & 0x8000u) << 16);
 }
@@ -106,7 +108,6 @@ inline Vec<A> keep(const uint8_t* mask, Vec<A> yes, Vec<A> no) {  // by a byte f
     std::memcpy(&bytes, mask, sizeof bytes);
     return choose<A>(__builtin_convertvector(bytes, Ints<A>) != 0, yes, no);
 }
-#define RENORM_LESS(a, b) ((a) < (b))
 #else
 // Compilers without vector types (MSVC): arrays, which the optimizer may vectorize.
 template <class A>

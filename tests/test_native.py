@@ -1054,6 +1054,50 @@ def test_each_instruction_set(isa):
 
 
 @with_extension
+@pytest.mark.parametrize("number", [4, 7, 16])
+def test_more_threads_than_rows(number):
+    """In a process of its own: a thread without a row may not look for the mean of its first rows forever."""
+    python(f"""
+import torch, test_native as t
+torch.set_num_threads({number})
+few = [
+    t.Case("n [c] ...", (1, 3, 150, 150), "", weighted=""),
+    t.Case("[n] c d", (3, 22, 1000), "", weighted=""),
+    t.Case("[n] c", (3, 22000), ""),
+    t.Case("[n] c", (8, 25088), ""),
+    t.Case("n [l] c", (2, 5, 30000), ""),
+]
+for case in (*few, *t.LARGE, *t.NARROW):
+    x, s = case.input(torch.float32), case.setting(torch.float32)
+    t.compare(x, s, t.formula(x, s), t.run(x, s), t.named(case))
+    s = s._replace(mask=t.draw(case.shape, seed=5) > -0.5)
+    t.compare(x, s, t.formula(x, s), t.run(x, s), t.named(case) + " masked")
+""")
+
+
+@with_extension
+def test_an_instruction_set_that_there_is_not_is_told():
+    said = python("import renorm; print(renorm.kernels.status())", RENORM_ISA="avx-512")
+    assert "RENORM_ISA is one of baseline, avx2, avx512; got avx-512" in said
+
+
+@with_extension
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_subnormal_halves_where_subnormal_floats_are_flushed(isa):
+    python(
+        """
+import torch, renorm as rn
+halves = torch.arange(1, 65, dtype=torch.float64) * 2.0**-24
+torch.set_flush_denormal(True)
+y = rn.LayerNorm(64, eps=0.0, elementwise_affine=False, backend="native")(halves.half()[None].repeat(3, 1))
+wanted = (halves - halves.mean()) / halves.std(correction=0)
+assert (y.double() - wanted).abs().max() < 2e-3, y
+""",
+        RENORM_ISA=isa,
+    )
+
+
+@with_extension
 @needs_proc
 def test_one_pool_of_threads_that_follows_torch():
     said = python("""
@@ -1195,6 +1239,73 @@ def test_why_it_is_missing_reaches_the_layer(monkeypatch):
     assert rn.RMSNorm(5).kernel(x) == "torch.rms_norm"
     with pytest.raises(BackendError, match="backend='native' cannot run here: nobody built it; write"):
         rn.RMSNorm(5, backend="native")(x)
+
+
+@with_extension
+def test_a_sum_with_a_residual_of_sliding_windows():
+    """Two axes of x have one stride; the sum is dense, and a backward pass goes by it."""
+    layer = rn.Norm("a b [c]", weight=None, bias=False, backend="native")
+    windows = draw((12, 4)).unfold(0, 3, 1)[:8].permute(2, 0, 1)
+    assert windows.stride() == (4, 4, 1)
+    residual, upstream = draw(windows.shape, seed=1), draw(windows.shape, seed=2)
+    x = windows.detach().requires_grad_()
+    y, _ = layer.add(x, residual)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    exact = windows.double().requires_grad_()
+    total = exact + residual.double()
+    z = (total - total.mean(2, keepdim=True)) / (total.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    (wanted,) = torch.autograd.grad(z, exact, upstream.double())
+    close(gradient, wanted, 1e-5)
+
+
+class Wrapped(Tensor):
+    """A parameter that is no plain tensor."""
+
+
+@with_extension
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda p: nn.Parameter(p.detach().half()),
+        lambda p: nn.Parameter(p.detach().double()),
+        lambda p: nn.Parameter(p.detach().as_subclass(Wrapped)),
+        lambda p: nn.Parameter(p.detach().to("meta")),
+    ],
+    ids=["half", "double", "subclass", "meta"],
+)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_replaced_is_looked_at_again(name, other):
+    layer, x = rn.GroupNorm(2, 4, backend="native"), draw((3, 4, 5))
+    layer(x)
+    setattr(layer, name, other(getattr(layer, name)))
+    with pytest.raises(BackendError, match="backend='native' cannot run here"):
+        layer(x)
+
+
+@with_extension
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_a_counter_of_another_dtype(dtype):
+    """Its neighbour in memory is not written to."""
+    for backend, shape in (("native", (64, 4)), ("torch", (64, 4)), ("auto", (2, 4))):
+        layer = rn.BatchNorm1d(4, backend=backend)
+        memory = torch.tensor([-1, 5], dtype=dtype)
+        layer.num_batches_tracked = memory[0]
+        for _ in range(3):
+            layer(draw(shape))
+        assert memory.tolist() == [2, 5]
+    layer(draw((64, 4)))
+    layer.num_batches_tracked = torch.tensor(7)  # after the way was found with another one
+    layer(draw((64, 4)))
+    assert layer.num_batches_tracked == 8
+
+
+@with_extension
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_statistics_beyond_their_dtype_change_nothing(backend):
+    layer = rn.BatchNorm1d(4, backend=backend)
+    layer(draw((4096, 4)) * 1e20)
+    assert layer.num_batches_tracked == 0
+    assert layer.running_var.tolist() == [1.0] * 4
 
 
 @with_extension

@@ -122,7 +122,14 @@ def tracks(running: tuple[Tensor, Tensor], num_batches_tracked: Tensor | None) -
         running[0].dtype == running[1].dtype
         and running[0].dtype in (torch.float32, torch.float64)
         and all(why_not(t) is None and t.is_contiguous() for t in running)
-        and (num_batches_tracked is None or num_batches_tracked.is_cpu)
+        and (
+            num_batches_tracked is None
+            or (
+                type(num_batches_tracked) is Tensor
+                and num_batches_tracked.is_cpu
+                and num_batches_tracked.dtype == torch.int64
+            )
+        )
     )
 
 

@@ -63,13 +63,16 @@ def fit(
     reason = why_not(x, backend)
     if reason is not None:
         return reason
-    parameter = weight if weight is not None else bias
-    if parameter is not None:
-        dtypes = available.DTYPES if backend == "triton" else extension.DTYPES
+    dtypes = available.DTYPES if backend == "triton" else extension.DTYPES
+    for parameter in (weight, bias):
+        if parameter is None:
+            continue
         if parameter.dtype not in dtypes or parameter.device != x.device:
             return f"the parameters are {parameter.dtype} on {parameter.device.type}"
-        if bias is not None and bias.dtype != parameter.dtype:
-            return "weight and bias differ in dtype"
+        if type(parameter) not in (Tensor, torch.nn.Parameter):
+            return f"a parameter is a {type(parameter).__name__}"
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return "weight and bias differ in dtype"
     if mask is not None and mask.device != x.device:
         return f"the mask is on {mask.device.type}"
     return nest(part, x.shape, x.stride(), None if mask is None else mask.stride(), backend)

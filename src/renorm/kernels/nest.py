@@ -92,7 +92,9 @@ def _nest(
     axes = [i for i, size in enumerate(split) if size != 1]
     if any(operands[_X][i] == 0 for i in axes):
         return "an axis is expanded"
-    axes.sort(key=lambda i: -operands[_X][i])
+    # Of equal strides, as sliding windows have them, the order is the output's: the sum with a residual lies so, and
+    # a backward pass goes by that.
+    axes.sort(key=lambda i: (-operands[_X][i], -operands[_Y][i]))
     kept, weighted, reduced = set(part.kept), set(part.weighted), set(part.reduced)
     along = not any(i in reduced - weighted for i in axes) and not any(i in kept & weighted for i in axes)
     along = along and any(i in reduced for i in axes)

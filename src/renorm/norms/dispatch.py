@@ -30,7 +30,7 @@ class Way:
     eps: float
     made: Nest | None = None  # for the native kernels
     direct: aten.Direct | None = None  # torch's function on the input as it is; neither: the general way
-    running: tuple[Tensor, Tensor] | None = None  # statistics that torch's batch norm may move itself
+    moves: tuple[Tensor, Tensor, Tensor | None] | None = None  # mean, variance, count: what torch's batch norm may move
 
 
 def _refuse_unreal(x: Tensor) -> None:
@@ -130,8 +130,8 @@ class Dispatching(Tracking):
         mean = buffers["running_mean"]
         fixed = mean is not None and not (self.training and not self.frozen)
         learns = native.learns(x, weight, bias)
-        dtype = None if weight is None else weight.dtype
-        key = (x.shape, x.stride(), x.dtype, x.is_cpu, learns, fixed, dtype, self.eps)
+        kinds = [None if p is None else (type(p), p.dtype, p.device) for p in (weight, bias)]
+        key = (x.shape, x.stride(), x.dtype, x.device, learns, fixed, *kinds, self.eps)
         way = self._ways.get(key)
         if way is None:
             if len(self._ways) == _MAX_WAYS:
@@ -157,9 +157,14 @@ class Dispatching(Tracking):
             return None
         elif mean is None or not self.track_running_stats:
             y = way.direct(x, weight, bias, way.eps)
-        elif way.running is not None and way.running[0] is mean and not recomputing():
-            batches = buffers["num_batches_tracked"]
-            y = extension.batch_norm_in_training(x, weight, bias, way.running, batches, self.momentum, way.eps)
+        elif (
+            (moves := way.moves) is not None
+            and moves[0] is mean
+            and moves[1] is buffers["running_var"]
+            and moves[2] is buffers["num_batches_tracked"]
+            and not recomputing()
+        ):
+            y = extension.batch_norm_in_training(x, weight, bias, moves[:2], moves[2], self.momentum, way.eps)
         else:
             return None
         self._remember(way.kernel)
@@ -188,4 +193,4 @@ class Dispatching(Tracking):
             running is not None and extension.tracks(running, batches) and self.unbiased and bound.running == part.kept
         )
         moves = moves and (self.momentum is not None or batches is not None)
-        return Way(kernel, bound, eps, direct=direct, running=running if moves else None)
+        return Way(kernel, bound, eps, direct=direct, moves=(*running, batches) if running and moves else None)
