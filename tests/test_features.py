@@ -1,6 +1,7 @@
 """What is particular to norms of single feature maps and positions, and to their foils; the rest is in checks.py."""
 
 import copy
+import math
 import os
 
 import pytest
@@ -14,7 +15,7 @@ import renorm as rn
 from renorm.errors import BackendError, ShapeError
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
 from renorm.norms.evo import EvoNormB0, EvoNormS0
-from renorm.norms.pointwise import TLU, DyT
+from renorm.norms.pointwise import TLU, Derf, DyT
 from renorm.norms.response import FRN, GlobalResponseNorm
 
 CASE = {case.name: case for case in CASES}
@@ -57,7 +58,7 @@ def test_huge_and_tiny_inputs_where_the_output_is_as_large(name):
             close(case.layer()(laid) / scale, expected / scale, 1e-5 * max(1.0, (expected / scale).abs().max().item()))
 
 
-@pytest.mark.parametrize("name", ["TLU", "DyT-second", "DyT"])
+@pytest.mark.parametrize("name", ["TLU", "DyT-second", "DyT", "Derf-second", "Derf"])
 def test_mask_in_evaluation_of_layers_without_statistics(name):
     layer, x, mask = CASE[name].layer().eval(), CASE[name].input(), CASE[name].mask()
     assert torch.equal(layer(torch.where(mask, x, float("nan")), mask), torch.where(mask, layer(x), 0))
@@ -148,8 +149,11 @@ def test_thresholded_linear_unit_starts_as_a_relu():
     assert (y[mask.expand(x.shape)] >= 1).all()
 
 
-@pytest.mark.parametrize("make", [lambda axis: TLU(3, axis=axis), lambda axis: DyT(3, axis=axis)])
-def test_axis_and_channels_of_pointwise_layers(make):
+@pytest.mark.parametrize("layer", [TLU, DyT, Derf])
+def test_axis_and_channels_of_pointwise_layers(layer):
+    def make(axis):
+        return layer(3, axis=axis)
+
     with pytest.raises(ShapeError, match="are on axis 1 or -1; got axis=2"):
         make(2)
     for axis, shape in ((1, (3,)), (1, (2, 4, 3)), (-1, (2, 3, 4))):
@@ -169,6 +173,19 @@ def test_dynamic_tanh_holds_the_authors_state():
     }
     x = torch.randn(3, 4)
     close(layer(x), (0.8 * x).tanh(), 1e-6)
+
+
+def test_dynamic_erf_holds_the_authors_state():
+    layer = Derf(4, alpha=0.8, shift=-0.3)
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "alpha": (1,),
+        "shift": (1,),
+        "weight": (4,),
+        "bias": (4,),
+    }
+    x = torch.randn(3, 4)
+    # The error function is the Gaussian's distribution function, rescaled.
+    close(layer(x), 2 * torch.special.ndtr(math.sqrt(2) * (0.8 * x - 0.3)) - 1, 1e-6)
 
 
 # ---- global response norm

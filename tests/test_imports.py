@@ -114,7 +114,7 @@ def test_public_names():
         *("BatchRenorm", "GhostBatchNorm", "InPlaceBatchNorm2d", "PowerNorm", "Ramp"),
         *("BatchWhitening", "IterNorm"),
         *("AdaIN", "ConditionalNorm", "CrossNorm", "FiLM", "SPADE", "SelfNorm"),
-        *("DyT", "EvoNormB0", "EvoNormS0", "FRN", "GlobalResponseNorm", "TLU"),
+        *("Derf", "DyT", "EvoNormB0", "EvoNormS0", "FRN", "GlobalResponseNorm", "TLU"),
         *("LayerNorm2d", "LocalResponseNorm", "PositionalNorm", "RevIN", "ScaleNorm"),
         *("LayerNormGRU", "LayerNormLSTM"),
         *("CosineConv1d", "CosineConv2d", "CosineConv3d", "CosineLinear"),

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import numpy as np
 import onnxruntime
@@ -592,3 +593,15 @@ def test_only_real_numbers_are_normalized(layer, dtype):
     """An integer result would be cut off, and of a complex one half be lost."""
     with pytest.raises(ShapeError, match=f"a norm takes floating-point numbers; got {dtype}: write "):
         layer(torch.ones(4, 3, dtype=dtype))
+
+
+def test_query_key_norm_and_pixel_norm_as_the_card_writes_them():
+    written = re.findall(r"`(rn\.Norm\(.*?\))`", " ".join(rn.explain("qknorm").watch))
+    by_head, pixel = (eval(line, {"rn": rn, "H": 3, "D": 5}).double() for line in written)
+    nn.init.normal_(by_head.weight)
+    x = torch.randn(2, 7, 15, dtype=torch.float64) + 0.5
+    heads = F.rms_norm(x.unflatten(2, (3, 5)), (5,), by_head.weight, by_head.eps)
+    close(by_head(x), heads.flatten(2), 1e-13)
+    for shape in ((2, 6, 5, 4), (3, 6)):
+        small = 1e-4 * torch.randn(shape, dtype=torch.float64)  # squares as large as eps
+        close(pixel(small), small / (small.square().mean(1, keepdim=True) + 1e-8).sqrt(), 1e-13)

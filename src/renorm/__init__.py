@@ -15,7 +15,7 @@ from renorm.norms.gradient import centralize_gradients, clip_gradients_adaptivel
 from renorm.norms.inplace import InPlaceBatchNorm2d
 from renorm.norms.local import LocalResponseNorm
 from renorm.norms.norm import Norm
-from renorm.norms.pointwise import TLU, DyT
+from renorm.norms.pointwise import TLU, Derf, DyT
 from renorm.norms.recurrent import LayerNormGRU, LayerNormLSTM
 from renorm.norms.response import FRN, GlobalResponseNorm
 from renorm.norms.reversible import RevIN
@@ -78,6 +78,7 @@ __all__ = [
     "CosineConv3d",
     "CosineLinear",
     "CrossNorm",
+    "Derf",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",

@@ -2,6 +2,7 @@
 
 import math
 
+import scipy.special
 import torch
 from checks import Case, moments
 
@@ -9,7 +10,7 @@ import renorm as rn
 from cases.plain import IMAGE, SEQUENCE, VECTOR, VOLUME, standardize
 from renorm.norms.channels import LayerNorm2d, PositionalNorm, ScaleNorm
 from renorm.norms.evo import EvoNormB0, EvoNormS0
-from renorm.norms.pointwise import TLU, DyT
+from renorm.norms.pointwise import TLU, Derf, DyT
 from renorm.norms.response import FRN, GlobalResponseNorm
 
 
@@ -51,6 +52,17 @@ def dynamic_tanh(axis):
     return lambda layer, x, mask: (
         (layer.alpha.double() * x).tanh() * along(layer.weight, x, axis) + along(layer.bias, x, axis)
     )
+
+
+def dynamic_erf(axis):
+    """Derf (arXiv:2512.10938), with SciPy's erf."""
+
+    def formula(layer, x, mask):
+        inner = layer.alpha.double() * x + layer.shift.double()
+        y = torch.from_numpy(scipy.special.erf(inner.detach().cpu().numpy())).to(x.device)
+        return y * along(layer.weight, x, axis) + along(layer.bias, x, axis)
+
+    return formula
 
 
 def global_response(axis, eps=1e-6):
@@ -148,6 +160,8 @@ CASES = [
     Case("TLU-last", lambda: TLU(9, axis=-1), SEQUENCE, thresholded(-1), exempt=POINTWISE),
     Case("DyT", lambda: DyT(9), SEQUENCE, dynamic_tanh(-1), exempt=POINTWISE),
     Case("DyT-second", lambda: DyT(6, axis=1), IMAGE, dynamic_tanh(1), exempt=POINTWISE),
+    Case("Derf", lambda: Derf(9), SEQUENCE, dynamic_erf(-1), exempt=POINTWISE),
+    Case("Derf-second", lambda: Derf(6, axis=1), IMAGE, dynamic_erf(1), exempt=POINTWISE),
     Case("GlobalResponseNorm", lambda: GlobalResponseNorm(7), IMAGE, global_response(-1), exempt=IDENTITY),
     Case(
         "GlobalResponseNorm-second", lambda: GlobalResponseNorm(6, axis=1), IMAGE, global_response(1), exempt=IDENTITY

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from renorm.errors import ShapeError
 from renorm.norms.masks import expand_mask
 
-__all__ = ["TLU", "DyT"]
+__all__ = ["TLU", "Derf", "DyT"]
 
 
 class _Pointwise(nn.Module):
@@ -120,4 +120,45 @@ class DyT(_Pointwise):
 
     def _act(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.alpha.to(x.dtype) * x)
+        return torch.addcmul(self._along(self.bias, x), y, self._along(self.weight, x))
+
+
+class Derf(_Pointwise):
+    r"""Dynamic erf: `DyT` with the error function for the tanh, and a learnt shift in it.
+
+    $$y = \text{erf}(\text{alpha} \cdot x + \text{shift}) \cdot \text{weight} + \text{bias}$$
+
+    Args:
+        num_features: channels C.
+        alpha: the slope at first, one for all channels.
+        shift: what is added before the erf at first, one for all channels; the paper's s.
+        axis: the dimension of the channels, -1 (tokens) or 1 (images).
+
+    Shapes: (..., C) for axis -1, (N, C, ...) for axis 1, in and out; alpha and shift (1,), weight and bias (C,). In the
+    call `mask` is as in `renorm.Norm`: entries where it is False come out as 0.
+
+    Raises ShapeError for another axis, and for an input with other channels. Chen et al. 2025, arXiv:2512.10938.
+
+    >>> Derf(2)(torch.tensor([[-1.0, 100.0]])).detach()
+    tensor([[-0.5205,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        shift: float = 0.0,
+        axis: int = -1,
+    ) -> None:
+        super().__init__(num_features, axis)
+        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.full((1,), shift, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def _act(self, x: Tensor) -> Tensor:
+        y = torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
         return torch.addcmul(self._along(self.bias, x), y, self._along(self.weight, x))
