@@ -250,10 +250,10 @@ def breaks() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
 
-def test_a_model_that_cannot_take_the_data_is_a_row_that_says_so(tmp_path: Path) -> None:
-    comparison = quick(breaks, folder=tmp_path, seeds=1)
-    assert [result.status for result in comparison.results] == ["failed", "failed"]
-    assert "RuntimeError" in comparison.results[0].reason
+def test_a_model_that_cannot_take_the_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"must take samples of the shape \(2,\); it raised RuntimeError: mat1"):
+        quick(breaks, folder=tmp_path, seeds=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_is_what_the_public_function_is() -> None:

@@ -125,6 +125,71 @@ def test_a_model_of_the_users_own_is_trained_with_each_norm(runner: CliRunner, t
     assert all(trial.spec.model.startswith("nets.py:build@") for trial in kept)
 
 
+NETS = """
+import sys
+import torch
+from torch import nn
+
+def net(width=13, classes=3, *more):
+    return nn.Sequential(nn.Linear(width, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes), *more)
+
+def leaves(): sys.exit(0)
+def narrow(): return net(width=12)
+def other(): return net(classes=4)
+def lazy(): return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Linear(8, 3))
+def plain(): return nn.Linear(13, 3)
+def soft(): return net(13, 3, nn.Softmax(1))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x): return self.net(x), x
+
+class Leaving(nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) if self.calls < 5 else sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("leaves", "nets.py:leaves must build a model without arguments; it raised SystemExit: 0"),
+        ("narrow", "the model must take samples of the shape (13,); it raised RuntimeError: "),
+        ("other", "the model's output must have the shape (32, 3) for 32 samples of this data; it has (32, 4)"),
+        ("lazy", "0 has no shape yet: run a lazy layer on a batch first"),
+        ("plain", "plain must have norms, which give way to those that are compared; it has none"),
+        ("Two", "the model must return one tensor; it returned a tuple"),
+    ],
+)
+def test_a_faulty_model_of_the_users_own(runner: CliRunner, tmp_path: Path, function: str, message: str) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    result = runner.invoke(main, ["compare", "--data", "wine", "--model", f"nets.py:{function}", *QUICK])
+    assert result.exit_code == 2, result.stdout
+    assert message in result.stderr
+    assert not (tmp_path / "renorm-runs").exists(), "nothing is written"
+
+
+def test_a_model_that_leaves_in_training_is_a_row(runner: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    result = runner.invoke(main, ["compare", "--data", "wine", "--model", "nets.py:Leaving", *QUICK, "--jobs", "1"])
+    assert result.exit_code == 1
+    assert "SystemExit: 1" in result.stdout
+
+
+def test_a_model_that_ends_in_a_softmax_is_noted(runner: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    result = runner.invoke(main, ["compare", "--data", "wine", "--model", "nets.py:soft", *QUICK, "--jobs", "1"])
+    assert result.exit_code == 0
+    assert "the model's outputs are probabilities" in result.stderr
+
+
 # what is refused; in this process, which is quicker
 
 
@@ -141,6 +206,7 @@ def test_a_model_of_the_users_own_is_trained_with_each_norm(runner: CliRunner, t
         (["--jobs", "0"], "jobs must be at least 1"),
         (["--backend", "threading"], "cannot run trials"),
         (["--model", "[red]:x"], "[red]"),
+        (["--data", "table.csv", "--target", "kind:fire:"], "no column 'kind:fire:'"),
         (["--model", "no_such:build"], "No module named 'no_such'"),
     ],
 )
@@ -156,10 +222,10 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"], "nothing is written"
 
 
-def test_a_folder_that_cannot_be_written_is_exit_code_1(runner: CliRunner, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_exit_code_2(runner: CliRunner, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = runner.invoke(main, ["compare", "--data", "wine", *QUICK, "--out", "file/runs"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Not a directory" in result.stderr
 
 
@@ -167,6 +233,8 @@ def test_a_study_without_any_score_is_exit_code_1(runner: CliRunner, tmp_path: P
     result = runner.invoke(main, ["compare", "--data", "wine", *QUICK, "--lr", "1e30", "--norm", "none", "--jobs", "1"])
     assert result.exit_code == 1
     assert "No trial has finished" in result.stdout
+    assert "write a lower --lr, or let --tune-lr find one" in result.stdout
+    assert "favours whoever it suits" not in result.stdout
     assert (tmp_path / "renorm-runs" / "wine-mlp" / "report.html").exists(), "it says why"
 
 
@@ -176,7 +244,7 @@ def test_a_missing_extra_is_named(runner: CliRunner, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(renorm.comparison.api, "run_study", partial(lacks, module="plotly.io"))
     result = runner.invoke(main, ["compare"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "No module named 'plotly.io': install what the command needs: pip install 'renorm[compare]'" in result.stderr
     monkeypatch.setattr(renorm.comparison.api, "run_study", partial(lacks, module="renorm.zzz"))
     assert isinstance(runner.invoke(main, ["compare"]).exception, ModuleNotFoundError), "that is a bug of ours"

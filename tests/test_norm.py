@@ -192,6 +192,7 @@ def test_padding_does_not_change_a_sequence():
     ("mask", "words"),
     [
         (torch.ones(2, 3), "a mask is boolean"),
+        (np.ones((2, 3), bool), r"a mask is a tensor; got ndarray: write torch.as_tensor\(mask\)"),
         (torch.ones(2, 3, dtype=torch.bool), r"must broadcast to the input's shape \(2, 3, 5\); got \(2, 3\)"),
         (torch.ones(4, 1, 1, dtype=torch.bool), "must broadcast"),
     ],

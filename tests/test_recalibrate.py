@@ -237,12 +237,13 @@ def test_norms_that_keep_their_statistics() -> None:
         (nn.Sequential(nn.GroupNorm(1, 3)), BATCHES, "the model has no norm whose running statistics can be measured"),
         (rn.freeze(rn.BatchNorm2d(3)), BATCHES, r"again; the model \(BatchNorm2d\) is frozen"),
         (nn.BatchNorm2d(3), [], "there is no batch to measure on"),
+        (nn.BatchNorm2d(3), BATCHES[0], r"got a tensor: write \[x\] for a single batch"),
         (nn.Sequential(nn.LazyBatchNorm2d(), nn.BatchNorm2d(3)), BATCHES, "0 has no shape yet"),
         (nn.BatchNorm2d(3, device="meta"), BATCHES, "the model is on the meta device, which holds no values"),
         (nn.ModuleDict({"used": nn.BatchNorm2d(3), "not used": nn.BatchNorm2d(3)}), BATCHES, "not used met no finite"),
     ],
 )
-def test_what_cannot_be_measured(model: nn.Module, batches: list[Tensor], message: str) -> None:
+def test_what_cannot_be_measured(model: nn.Module, batches: Any, message: str) -> None:
     with pytest.raises(SwapError, match=message):
         rn.recalibrate(
             model, batches, lambda model, x: model["used"](x) if isinstance(model, nn.ModuleDict) else model(x)

@@ -198,7 +198,8 @@ def test_our_own_general_norms_are_found():
         ("batch", SwapError, "a rule reads"),
         ("batch -> a -> b", SwapError, "a rule reads"),
         ("", SwapError, "a rule reads"),
-        ("bath -> group", SwapError, "left side of a rule"),
+        ("bath -> group", SwapError, "left side of a rule.*did you mean 'batch'"),
+        (None, SwapError, "a rule is text such as"),
         ("batch -> grop", UnknownNormError, "did you mean 'group'"),
         ("batch -> n [c", PatternError, "never closed"),
         ("instance -> group", SwapError, r"matches no norm of the model; it has 1 \(batch\), 3\.bn1 \(batch\)"),
@@ -209,6 +210,11 @@ def test_our_own_general_norms_are_found():
 def test_rules_that_cannot_be_followed(rule, error, words):
     with pytest.raises(error, match=words):
         rn.swap(resnet(), rule)
+
+
+def test_what_is_no_model():
+    with pytest.raises(SwapError, match=r"in a torch\.nn\.Module; got 'resnet'"):
+        rn.swap("resnet", "batch -> layer")
 
 
 def test_lazy_norms_must_have_seen_an_input():

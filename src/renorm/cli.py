@@ -154,7 +154,7 @@ def compare(
         plan = Study(**settings) if study is None else Study.from_toml(study, **settings)
         comparison = run_study(plan, out=out, jobs=jobs, backend=backend)
         report = comparison.report()
-        console = Console()
+        console = Console(emoji=False)
         console.print(TerminalTable(comparison.analysis))
         console.print(comparison.sentence, markup=False, highlight=False)
         for note in (*comparison.analysis.notes, *comparison.notes):
@@ -208,7 +208,7 @@ def check(
             output.write_text(FORMATS[format](checked) + "\n", encoding="utf-8")
             typer.echo(f"{program}: {report.summary}; written to {output}")
         elif format == "text":
-            show(checked, Console())
+            show(checked, Console(emoji=False))
         else:
             typer.echo(FORMATS[format](checked))
         failing = ("error", "warning") if strict else ("error",)
@@ -242,7 +242,7 @@ def _users(program: str, must: str) -> Iterator[None]:
             yield
     except RenormError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         traceback.print_exc()
         raise RuleError(f"{program} {must}; it raised {type(error).__name__}: {error}") from error
 
@@ -263,7 +263,7 @@ def explain(
     with _told():
         from renorm import cards
 
-        console = Console()
+        console = Console(emoji=False)
         width = min(console.width, 110)
         text = cards.contents(lang, width) if norm is None else cards.explain(norm, lang).to_text(width)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -287,13 +287,13 @@ def study(
         from renorm.studies.page import summary, write
         from renorm.studies.run import run
 
-        console = Console()
+        console = Console(emoji=False)
         if name == "list":
             width = max(map(len, catalogue.NAMES))
             for each in catalogue.NAMES:
                 console.print(f"{each:<{width}}  {catalogue.get(each).question}", markup=False, highlight=False)
             return
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=Console(stderr=True, emoji=False), transient=True) as progress:
             task = progress.add_task(name)
             results, folder = run(
                 name, quick=quick, out=out, jobs=jobs,
@@ -315,14 +315,14 @@ def _told() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("torch", "renorm"):
             raise
-        raise _fail(f"{error}: install what the command needs: pip install 'renorm[compare]'", 1) from None
+        raise _fail(f"{error}: install what the command needs: pip install 'renorm[compare]'", 2) from None
     except KeyboardInterrupt as stop:
         raise _fail(f"interrupted: {stop}" if str(stop) else "interrupted", 130) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise _fail(f"{where}{error.strerror or error}", 1) from None
+        raise _fail(f"{where}{error.strerror or error}", 2) from None
 
 
 def _fail(message: str, code: int) -> typer.Exit:
-    Console(stderr=True).print(f"[red]{escape(message)}[/red]", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[red]{escape(message)}[/red]", highlight=False, soft_wrap=True)
     return typer.Exit(code)

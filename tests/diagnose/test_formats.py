@@ -171,7 +171,7 @@ def test_a_file(folder):
     assert shown.exit_code == 1
     assert re.fullmatch(r"train.py:bad: .* written to out.sarif\n", shown.stdout)
     assert json.loads(Path("out.sarif").read_text())["version"] == "2.1.0"
-    assert run("train.py:bad", "--output", "missing/out.txt").exit_code == 1
+    assert run("train.py:bad", "--output", "missing/out.txt").exit_code == 2
 
 
 # The formats, of findings made up.

@@ -56,7 +56,7 @@ def explain(name: str | nn.Module | type[nn.Module], lang: str = "en") -> Card:
         found = known.get(_key(word)) or known.get(_key(re.sub(r"\(.*\)\s*$", "", word)))
         if found is not None:
             return _card(found, lang)
-    close = difflib.get_close_matches(_key(asked[0]), known, 1, 0.5)
+    close = difflib.get_close_matches(_key(asked[0]), known, 1, 0.7)
     hint = f"; did you mean {known[close[0]]!r}?" if close else "."
     raise UnknownNormError(f"there is no card for {asked[0]!r}{hint} There are: {', '.join(names())}")
 

@@ -30,7 +30,7 @@ from renorm.comparison.series import read as read_series
 from renorm.comparison.spec import StudyRecord, TrialResult, TrialSpec, varying_fields
 from renorm.comparison.store import Store
 from renorm.comparison.study import FORECAST_ONLY, Study, grid
-from renorm.comparison.trial import Build
+from renorm.comparison.trial import check_model
 from renorm.comparison.verdict import model_title
 from renorm.errors import DataError, RenormError, StudyError
 
@@ -192,7 +192,7 @@ def run_study(
             raise StudyError(f"{key} is for built-in models: a model of your own brings its own; leave it out")
     models = {name: own[name].identify() if name in own else name for name in study.model}
     build = Builder({models[name]: model for name, model in own.items()})
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(stderr=True, quiet=not progress, emoji=False)
     work = _Work(study, prepared, build, tuple(models.values()), command, jobs, backend, console)
     first = work.grid(test=not study.tune_lr)
     record = work.record(first)
@@ -257,13 +257,14 @@ class _Work:
 
     def record(self, specs: Sequence[TrialSpec]) -> StudyRecord:
         described = self.splits.describe()
-        notes = [*described.get("notes", ()), *self.build.notes(self.study.norm)]
+        model, notes = _in_words(self.build, self.models, specs, self.splits)
+        notes = [*described.get("notes", ()), *self.build.notes(self.study.norm), *notes]
         return StudyRecord(
             name=self.study.name,
             task=self.splits.task,
             settings=self.study.settings(),
             data={**described, "notes": notes},
-            model=_in_words(self.build, self.models, specs, self.splits),
+            model=model,
             versions=_versions(),
             command=self.command,
             keys=tuple(spec.key for spec in specs),
@@ -313,14 +314,19 @@ def _from_parts(study: Study, train: Any, valid: Any, test: Any) -> Splits | Pan
     return data.from_parts(train, valid, test, task=study.task)
 
 
-def _in_words(build: Build, models: Sequence[str], specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
-    """Each model, several with their names."""
+def _in_words(
+    build: Builder, models: Sequence[str], specs: Sequence[TrialSpec], splits: Splits | Panel
+) -> tuple[str, list[str]]:
+    """Each model, several with their names, and notes on them."""
     words = {name: _model_in_words(build, [spec for spec in specs if spec.model == name], splits) for name in models}
-    return "\n\n".join(f"{model_title(name)}\n{text}" if len(words) > 1 else text for name, text in words.items())
+    several = len(words) > 1
+    text = "\n\n".join(f"{model_title(name)}\n{layers}" if several else layers for name, (layers, _) in words.items())
+    notes = [f"{model_title(name)}: {note}" if several else note for name, (_, note) in words.items() if note]
+    return text, notes
 
 
-def _model_in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits | Panel) -> str:
-    """The first model that can be built, one line a layer.
+def _model_in_words(build: Builder, specs: Sequence[TrialSpec], splits: Splits | Panel) -> tuple[str, str]:
+    """The first model that can be built and takes the data, one line a layer, and a note on it where there is one.
 
     A norm that the model cannot take will be a row that says so; an error is raised if none can be built.
     """
@@ -332,11 +338,12 @@ def _model_in_words(build: Build, specs: Sequence[TrialSpec], splits: Splits | P
                 seen = (
                     splits.windows(spec.bar, static=spec.pooling == "static") if isinstance(splits, Panel) else splits
                 )
-                return _layers(build(spec, seen))
+                model = build(spec, seen)
+                return _layers(model), check_model(model, spec, seen) if spec.model in build.given else ""
             except RenormError as error:
                 errors.append(error)
             except Exception as error:
-                return f"cannot be built with {spec.norm}: {type(error).__name__}: {error}"
+                return f"cannot be built with {spec.norm}: {type(error).__name__}: {error}", ""
     raise errors[-1]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from renorm.surgery.find import refuse_lazy
+
 __all__ = ["fingerprint"]
 
 
@@ -18,7 +20,8 @@ def fingerprint(model: nn.Module | Callable[[], nn.Module], code: object = None)
     """16 hex digits of the layers, their weights, and the source files of all classes that are not torch's.
 
     A builder is taken for the model that it builds at seed 0, and for its own source file. ``code`` is one
-    more thing whose source file counts. Modules that these files import are not followed.
+    more thing whose source file counts. Modules that these files import are not followed. Raises SwapError for a lazy
+    layer.
 
     >>> torch.manual_seed(0)
     <torch._C.Generator object at ...>
@@ -42,6 +45,7 @@ def _build(builder: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _contents(model: nn.Module) -> Iterator[bytes]:
+    refuse_lazy(model)
     yield repr(model).encode()
     for name, value in model.state_dict().items():
         yield name.encode()

@@ -16,6 +16,7 @@ from renorm.comparison.reference import Reference
 from renorm.comparison.spec import TrialSpec
 from renorm.comparison.trial import build_model
 from renorm.errors import StudyError, SwapError
+from renorm.surgery.find import norms
 from renorm.surgery.swap import SwapReport, swap
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ class Given:
             return f"{self.model.text}@{fingerprint(self.model, self.model.resolve())}{rule}"
         return f"python:{fingerprint(self.model)}{rule}"
 
-    def notes(self, norms: Iterable[str]) -> tuple[str, ...]:
+    def notes(self, names: Iterable[str]) -> tuple[str, ...]:
         """What a reader should know of the results: whose the initial weights are, and what was replaced."""
-        reports = {norm: report for norm in norms if (report := self._report(parted(norm)[1])) is not None}
+        reports = {norm: report for norm in names if (report := self._report(parted(norm)[1])) is not None}
         weights = (
             "every trial starts from the given model's own weights: the seeds differ in the order of the "
             "samples (and dropout) only"
@@ -81,6 +82,11 @@ class Given:
 
     def _swap(self, norm: str) -> tuple[nn.Module, SwapReport]:
         model = self.model if isinstance(self.model, nn.Module) else self.model()
+        if not any(norms(model)):
+            raise SwapError(
+                f"{self.name} must have norms, which give way to those that are compared; it has none: put one in, "
+                "such as torch.nn.BatchNorm1d, wherever a norm may stand"
+            )
         return swap(model, f"{self.replace} -> {norm}")
 
     def _report(self, norm: str) -> SwapReport | None:

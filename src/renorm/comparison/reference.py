@@ -55,7 +55,7 @@ class Reference:
         try:
             model = function()
         # the user's code may raise anything
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise StudyError(f"{self.text} must build a model without arguments; it raised {_told(error)}") from error
         if not isinstance(model, nn.Module):
             raise StudyError(f"{self.text} must return a torch.nn.Module; it returned {type(model).__name__}")
@@ -73,7 +73,7 @@ def _load(name: str) -> ModuleType:
     except StudyError:
         raise
     # the user's code may raise anything
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise StudyError(f"the module {name!r} must be importable; it raised {_told(error)}") from error
 
 

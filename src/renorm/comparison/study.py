@@ -9,6 +9,7 @@ import itertools
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -458,7 +459,7 @@ def _explain(detail: ErrorDetails) -> str:
         return str(cause)
     key = str(detail["loc"][0])
     came = detail["input"]
-    shown = "nothing" if came in ([], (), "", None) else repr(came)
+    shown = "nothing" if came in ([], (), "", None) else textwrap.shorten(repr(came), 80, placeholder=" ...")
     must = detail["msg"][0].lower() + detail["msg"][1:]
     hint = f"; write {_HINTS[key]}" if key in _HINTS else ""
     return f"{key}: {must}; got {shown}{hint}"

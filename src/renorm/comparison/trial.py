@@ -33,6 +33,7 @@ __all__ = [
     "Build",
     "Data",
     "build_model",
+    "check_model",
     "forecast_scores",
     "run_trial",
     "sample_order",
@@ -44,6 +45,7 @@ Build = Callable[[TrialSpec, Data], nn.Module]
 
 FORECAST_SCORES = ("mase", "mse", "mae", "correlation")
 EVALUATION_BATCH = 1024  # samples at once in evaluation: no result depends on it, memory does
+CHECKED = 32  # samples on which a model is tried
 WARM_UP_STEPS = 5  # not counted in the time per step: the first ones allocate and plan
 
 
@@ -100,7 +102,7 @@ def run_trial(spec: TrialSpec, splits: Data, build: Build = build_model) -> Tria
         except _Stop as stop:
             run.result = replace(run.result, status=stop.status, reason=stop.reason)
         # a user's model may raise anything, and one trial must not end the study
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
             run.result = replace(run.result, status="failed", reason=reason)
     if math.isnan(run.result.peak_memory_mb):  # it ended before training did
@@ -111,6 +113,28 @@ def run_trial(spec: TrialSpec, splits: Data, build: Build = build_model) -> Tria
         num_steps=len(run.step_seconds),
         seconds_per_step=_typical(run.step_seconds),
     )
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, spec: TrialSpec, splits: Data) -> str:
+    """See that a model takes the data, in evaluation mode, and gives what the task needs; a note where there is one.
+
+    Raises:
+        StudyError: it raises something, or its output has another shape.
+    """
+    x, y = (torch.tensor(values[:CHECKED]) for values in (splits.x_train, splits.y_train))
+    try:
+        output = model.eval()(x)
+    except (Exception, SystemExit) as error:
+        raise StudyError(
+            f"the model must take samples of the shape {tuple(x.shape[1:])}; it raised {type(error).__name__}: {error}"
+        ) from error
+    _Run(spec, splits, TrialResult(spec, "failed"))._loss(output, y)
+    if splits.classes and bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < 1e-4).all()):
+        return (
+            "the model's outputs are probabilities, and the loss takes what goes into a softmax: leave the softmax out"
+        )
+    return ""
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -237,13 +261,15 @@ class _Run:
     def _loss(self, output: Tensor, y: Tensor) -> Tensor:
         if self.splits.classes:
             self._check_output(output, (len(y), len(self.splits.classes)))
-        elif output.shape != y.shape:
+        elif not isinstance(output, Tensor) or output.shape != y.shape:
             # (N, 1) against (N,) would broadcast to (N, N) without an error
             self._check_output(output, (len(y), 1, *y.shape[1:]))
             output = output.reshape(y.shape)
         return self._objective.value(output, y)
 
     def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
+        if not isinstance(output, Tensor):
+            raise StudyError(f"the model must return one tensor; it returned a {type(output).__name__}")
         if tuple(output.shape) != expected:
             raise StudyError(
                 f"the model's output must have the shape {expected} for {expected[0]} samples of this data; "

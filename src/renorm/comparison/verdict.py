@@ -15,7 +15,7 @@ from renorm.comparison.spec import Setting, StudyRecord, varying_fields
 __all__ = ["joined", "model_title", "norm_title", "notes", "sentence", "setting_title"]
 
 _TUNED = "Each norm has its own learning rate, chosen on the validation part."
-_SHARED = "All norms share one learning rate, which favours whoever it suits; tune_lr gives each its own."
+_SHARED = "All norms share one learning rate, which favours whoever it suits; --tune-lr gives each its own."
 _MASE = (
     "Norms are ranked by MASE, the mean over series of the mean absolute error in units of the naive error in the "
     "training part: 1 is as far off as the value of a season before was there. MSE and correlation are means over "
@@ -182,7 +182,7 @@ def notes(record: StudyRecord, score: Score, cells: Sequence[Cell], num_missing:
         _note_of_constant(record, score),
         _note_of_survivors(cells),
         f"{num_missing} of {len(record.keys)} trials have not run yet." if num_missing else "",
-        _TUNED if record.settings.get("tune_lr") else _SHARED,
+        _note_of_rates(record, cells),
         _MASE if score.key == "mase" else "",
     ]
     return tuple(note for note in found if note)
@@ -192,6 +192,16 @@ def _note_of_part(score: Score) -> str:
     if score.part == "test":
         return ""
     return "There is no test part: the scores are of the validation part."
+
+
+def _note_of_rates(record: StudyRecord, cells: Sequence[Cell]) -> str:
+    if record.settings.get("tune_lr"):
+        return _TUNED
+    rows = [row for cell in cells for row in cell.rows]
+    if any(row.score.num for row in rows):
+        return _SHARED
+    diverged = any(row.counts.get("diverged") for row in rows)
+    return "Every trial diverged or failed: write a lower --lr, or let --tune-lr find one." if diverged else ""
 
 
 def _note_of_constant(record: StudyRecord, score: Score) -> str:

@@ -11,7 +11,9 @@ __all__ = ["expand_mask"]
 
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` in the shape of `x`; raises ShapeError where it is not boolean or does not broadcast."""
+    """`mask` in the shape of `x`; raises ShapeError where it is no boolean tensor or does not broadcast."""
+    if not isinstance(mask, Tensor):
+        raise ShapeError(f"a mask is a tensor; got {type(mask).__name__}: write torch.as_tensor(mask)")
     if mask.dtype != torch.bool:
         raise ShapeError(f"a mask is boolean, True on real entries; got {mask.dtype}: write mask.bool()")
     try:

@@ -78,8 +78,9 @@ def recalibrate(
     variance (whitening) keep what they have and are reported.
 
     Raises:
-        SwapError: no norm can be measured again, there is no batch, a norm met none, or a layer has no shape or no
-            values yet. Whatever is raised, by a model or a loader too, the statistics are then as they were.
+        SwapError: no norm can be measured again, there is no batch, a norm met none, `batches` is a tensor, or a layer
+            has no shape or no values yet. Whatever is raised, by a model or a loader too, the statistics are then as
+            they were.
 
     Source: Y. Wu, J. Johnson: Rethinking "Batch" in BatchNorm, 2021 (arXiv:2105.07576).
 
@@ -89,6 +90,8 @@ def recalibrate(
     1 norms measured on 4 batches, 0 left alone
       0 (BatchNorm1d): mean moved by up to 3.27 deviations, variance by 0.941 to 1.33 times
     """
+    if isinstance(batches, Tensor):
+        raise SwapError("batches is a loader or a list of batches; got a tensor: write [x] for a single batch")
     refuse_lazy(model)
     if any(buffer.is_meta for buffer in model.buffers()):
         raise SwapError("the model is on the meta device, which holds no values: load its weights first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ def swap(model: nn.Module, rule: Rule) -> tuple[nn.Module, SwapReport]:
     1 replaced, 0 left alone
       1: BatchNorm2d -> GroupNorm(2, 8) (3 groups do not divide 8 channels: 2 instead)
     """
+    if not isinstance(model, nn.Module):
+        raise SwapError(f"norms are swapped in a torch.nn.Module; got {model!r}")
     refuse_lazy(model)
     refuse_parallel(model)
     model = copy.deepcopy(model)
@@ -131,12 +134,19 @@ def _read(rule: str | Mapping[str, str]) -> tuple[tuple[str, NormName], ...]:
         if not parts or any(len(part) != 2 for part in parts):
             raise SwapError(f"a rule reads 'batch -> group(32)', several separated by ';'; got {rule!r}")
         pairs = [(left.strip(), right.strip()) for left, right in parts]
-    else:
+    elif isinstance(rule, Mapping):
         pairs = list(rule.items())
+    else:
+        raise SwapError(
+            "a rule is text such as 'batch -> group(32)', a mapping of such pairs, or a function of (name, norm); got "
+            f"{rule!r}"
+        )
     sources = ("any", *named.KINDS[1:])
     for source, _ in pairs:
         if source not in sources:
-            raise SwapError(f"the left side of a rule is one of {', '.join(sources)}; got {source!r}")
+            close = difflib.get_close_matches(str(source), sources, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise SwapError(f"the left side of a rule is one of {', '.join(sources)}; got {source!r}{hint}")
     return tuple((source, named.parse(target)) for source, target in pairs)
 
 
