@@ -256,7 +256,7 @@ def test_the_task_is_recognised(values: np.ndarray, task: str, classes: tuple[st
 def test_the_task_can_be_said() -> None:
     grades = np.array([1, 2, 3, 4] * 6)
     assert recognise(grades, "grade", "regression").y.dtype == np.float64
-    assert len(recognise(np.arange(12), "id", "classification").classes) == 12
+    assert len(recognise(np.resize(np.arange(12), 30), "id", "classification").classes) == 12
     with pytest.raises(StudyError, match="got 'classify'"):
         recognise(grades, "grade", "classify")
 
@@ -267,6 +267,18 @@ def test_text_in_a_numeric_target_is_named() -> None:
         recognise(values, "y")
     with pytest.raises(DataError, match="it has low in sample 1 "):
         recognise(np.array(["1", "low", "2"]), "y", "regression")
+
+
+@pytest.mark.parametrize("y", [np.linspace(0, 1, 60), np.arange(60)])
+def test_numbers_that_never_repeat_are_no_classes(tmp_path: Path, y: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", x=arrays()[0], y=y)
+    with pytest.raises(DataError, match=r"'y' has 60 different values in 60 samples.*no classes; write --task regr"):
+        load(str(tmp_path / "a.npz"), task="classification")
+
+
+def test_text_that_never_repeats_is_no_class() -> None:
+    with pytest.raises(DataError, match=r"'name' has 3 different values in 3 samples.*choose another target"):
+        recognise(np.array(["a", "b", "c"]), "name")
 
 
 def test_a_target_of_one_value_is_refused() -> None:
@@ -303,6 +315,15 @@ def test_images_get_their_channels_second(tmp_path: Path) -> None:
     assert np.corrcoef(middle, got)[0, 1] > 0.999999
 
 
+@pytest.mark.parametrize("shape", [(60, 5, 5, 3), (60, 3, 5, 5), (60, 5, 6, 3), (60, 3, 3, 3), (60, 5, 5, 2)])
+def test_images_of_ready_parts_with_channels_last_are_noted_and_left(shape: tuple[int, ...]) -> None:
+    x, y = np.zeros(shape), np.arange(60) % 2
+    splits = from_parts((x, y), (x, y))
+    assert splits.input_shape == shape[1:]
+    noted = [note for note in splits.notes if "channels last" in note and "x.transpose(0, 3, 1, 2)" in note]
+    assert len(noted) == (shape == (60, 5, 5, 3))
+
+
 def test_npz_needs_x_and_y(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", inputs=np.zeros(3), y=np.zeros(3))
     with pytest.raises(DataError, match=r"must hold the arrays x and y.*it holds inputs, y"):
@@ -314,6 +335,18 @@ def test_a_broken_npz_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.npz: cannot be read"):
         load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("content", ["text", "npy"])
+def test_what_is_no_npz_is_not_called_a_pickle(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.npz"
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        path.write_text("x")
+    with pytest.raises(DataError, match=r"a\.npz: .*it is no \.npz file; write one with numpy\.savez"):
+        load(str(path))
 
 
 def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
@@ -411,6 +444,12 @@ def test_a_feature_that_is_the_target_is_refused(tmp_path: Path, task: str) -> N
     np.savez(tmp_path / "a.npz", x=x, y=y)
     with pytest.raises(DataError, match=r"x\[:, 1\] is the target 'y' itself or a relabelling"):
         load(str(tmp_path / "a.npz"), task=task)
+
+
+def test_no_column_is_accused_where_each_sample_is_a_class_of_its_own(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=arrays()[0], y=[f"name {index}" for index in range(60)])
+    with pytest.raises(DataError, match=r"class 'name 0' of 'y' needs 3 samples or more"):
+        split(load(str(tmp_path / "a.npz"), task="classification"))
 
 
 def test_a_feature_that_only_helps_is_allowed(tmp_path: Path) -> None:

@@ -169,6 +169,30 @@ def test_a_name_that_is_no_data_is_refused(tmp_path: Path) -> None:
         read("parkin", Layout())
 
 
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file '.*sold\.csv'; write the path of one"):
+        read(str(tmp_path / "sold.csv"), Layout())
+    (tmp_path / "sales.csv").write_text("time,x\n0,1\n")
+    with pytest.raises(DataError, match=r"there is no file '.*sale\.csv'; did you mean 'sales\.csv'"):
+        read(str(tmp_path / "sale.csv"), Layout())
+    with pytest.raises(DataError, match=r"there is no file '.*sale\.csv'; write the path of one"):
+        read(str(tmp_path / "none" / "sale.csv"), Layout())
+
+
+@pytest.mark.parametrize("layout", [Layout(target="x"), Layout(target="n"), Layout(target="n", columns=("x",))])
+def test_decimal_commas_are_told(tmp_path: Path, layout: Layout) -> None:
+    (tmp_path / "a.csv").write_text("time;x;n\n" + "".join(f"{i};{i},5;\n" for i in range(5)) + "5;;\n")
+    with pytest.raises(DataError, match=r"'x' must hold finite .*'0,5' in row 1.*a decimal comma.*sep=';', decimal"):
+        read(str(tmp_path / "a.csv"), layout)
+
+
+def test_a_column_of_decimal_commas_is_not_left_out() -> None:
+    table = frame(cost=["1,5"] * 15 + [None], code=["1,2,3"] * 16)
+    with pytest.raises(DataError, match=r"'cost' must hold finite numbers.*frame\['cost'\]\.str\.replace"):
+        of(table)
+    assert "text columns are left out: code" in of(table.drop(columns="cost")).notes
+
+
 def test_parking_is_what_was_stored() -> None:
     """Every reading that the grid has is one of the stored readings of that park, at most a quarter hour away."""
     frame, layout = EXTRACTS["parking"]()

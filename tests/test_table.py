@@ -89,6 +89,16 @@ def test_a_constant_column_stays_harmless() -> None:
     assert notes == ("constant in the training part: column 'a'",)
 
 
+def test_a_text_column_with_one_level_is_a_constant() -> None:
+    text = {"kind": ["x", "x", "x", "y"], "self": ["z"] * 4}
+    columns = pd.DataFrame(text, dtype=object).assign(b=[1.0, 2, 3, 4])
+    x, notes = table.encode(columns, np.array([0, 1, 2]))
+    np.testing.assert_array_equal(x[:, :2], np.zeros((4, 2)))
+    np.testing.assert_allclose(x[:3, 2], np.array([-1, 0, 1]) * 1.5**0.5, rtol=1e-6)
+    assert notes == ("constant in the training part: column 'kind', 'self'",)
+    assert columns["self"].tolist() == ["z"] * 4
+
+
 def test_a_categorical_and_a_nullable_column_of_parquet(tmp_path: Path) -> None:
     content = frame()
     content["colour"] = content["colour"].astype("category")
@@ -130,6 +140,19 @@ def test_an_id_is_left_out_with_a_note(tmp_path: Path) -> None:
     assert read.notes[0].startswith("column 'Unnamed: 0' is left out")
     assert "no value comes twice" in read.notes[1]
     assert "10 rows repeat one" in read.notes[2]
+
+
+def test_blanks_that_make_levels_are_noted(tmp_path: Path) -> None:
+    content = frame()
+    content.loc[[1, 3], "kind"] = "pear "
+    content.loc[5, "colour"] = f" {content['colour'][5]}"
+    read = table.read(Path(write_csv(tmp_path, content)), "kind")
+    assert read.notes == (
+        "column 'colour' has 4 different values, 3 without blanks at their ends: if they are the same, write "
+        "frame['colour'].str.strip()",
+        "column 'kind' has 3 different values, 2 without blanks at their ends: if they are the same, write "
+        "frame['kind'].str.strip()",
+    )
 
 
 def test_a_column_that_counts_the_rows_is_noted(tmp_path: Path) -> None:
@@ -203,6 +226,74 @@ def test_text_in_a_numeric_target_is_named_by_line(tmp_path: Path) -> None:
         load(write_csv(tmp_path, content), target="length")
 
 
+def rows(values: list[str], kinds: list[str], separator: str = ";") -> str:
+    lines = [separator.join(pair) for pair in zip(np.resize(values, 90), np.resize(kinds, 90), strict=True)]
+    return "\n".join([f"x{separator}y", *lines]) + "\n"
+
+
+@pytest.mark.parametrize("values", [["8", "4,0"], ["-0,5", ",25", "1e3", "3,"], ["1,250", "17"]])
+def test_decimal_commas_are_refused_with_the_way_out(tmp_path: Path, values: list[str]) -> None:
+    first = next(value for value in values if "," in value)
+    line = 2 + values.index(first)
+    told = rf"'{first}' in row {line - 1} \(line {line} of the file\); .*decimal comma.*read_csv\(path, sep='(;|\\t)'"
+    path = write(tmp_path / "a.csv", rows(values, ["a", "b", "c", "d"]))
+    for task in ("auto", "classification"):
+        with pytest.raises(DataError, match=f"decimal point; column 'x' has {told}.*another sign in place"):
+            load(path, target="y", task=task)
+    path = write(tmp_path / "b.tsv", rows(["1", "3", "2"], values, "\t"))
+    for task, otherwise in (("auto", "; if they are classes, write --task classification"), ("regression", "")):
+        with pytest.raises(DataError, match=f"target 'y' must hold numbers; it has {told}.*{otherwise}$") as raised:
+            load(path, target="y", task=task)
+        assert ('thousands=","' in str(raised.value)) == (first == "1,250")
+    assert set(load(path, target="y", task="classification").target.classes) == set(values)
+
+
+def test_the_way_out_of_decimal_commas_is_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", rows(["0,5", "-2,0", "7"], ["a", "b"]))
+    pd.read_csv(path, sep=";", decimal=",").to_csv(tmp_path / "new.csv", index=False)
+    assert sorted(set(table.read(tmp_path / "new.csv", "y").columns["x"])) == [-2, 0.5, 7]
+
+
+def test_decimal_commas_of_parquet_are_replaced_in_the_frame(tmp_path: Path) -> None:
+    frame().assign(x=["0,5", "1"] * 30).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'x' has '0,5' in row 1; .*frame\['x'\]\.str\.replace\(\",\", \"\.\"\)"):
+        load(str(tmp_path / "a.parquet"), target="kind")
+
+
+@pytest.mark.parametrize(
+    "values", [["1,2,3", "1,2", "3"], ["a,b", "1,5"], ["1,5", "-"], ["10%", "50%"], ["1,inf", "2"]]
+)
+def test_text_with_commas_stays_text(tmp_path: Path, values: list[str]) -> None:
+    path = write(tmp_path / "a.csv", rows([*values, "none"], values))
+    dataset = load(path, target="y")
+    assert dataset.target.classes == tuple(sorted(values))
+    assert set(dataset.x["x"]) == {*values, "none"}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            [f"{i},304.50" for i in range(1, 61)],
+            r"commas between thousands.*frame\['.'\]\.str\.replace\(\",\", \"\"\)\.as",
+        ),
+        ([f"{i},000,000" for i in range(1, 61)], "commas between thousands"),
+        (["17.5", "2,000.25", *map(str, range(30))], "commas between thousands"),
+        ([f"{i / 4}%" for i in range(60)], r"a percent sign.*frame\['.'\]\.str\.rstrip\(\"% \"\)"),
+        ([f"{i},5 %" for i in range(60)], "a percent sign"),
+    ],
+)
+def test_numbers_in_another_notation_get_a_hint(tmp_path: Path, values: list[str], told: str) -> None:
+    path = write(tmp_path / "a.csv", rows(values, ["a", "b"]))
+    with pytest.raises(DataError, match=rf"column 'x' .*{told}"):
+        load(path, target="y")
+    path = write(tmp_path / "b.csv", rows(["1", "3", "2"], values))
+    for task in ("auto", "regression"):
+        with pytest.raises(DataError, match=rf"the target 'y' must hold numbers; .*{told}"):
+            load(path, target="y", task=task)
+    assert len(load(path, target="y", task="classification").target.classes) == len(values)
+
+
 def test_free_text_is_named(tmp_path: Path) -> None:
     content = frame(200).assign(remark=[f"fruit number {number}" for number in range(200)])
     message = r"column 'remark' has 200 in 200 rows, the first 'fruit number 0' in row 1 \(line 2"
@@ -258,7 +349,12 @@ def test_a_frame_written_without_names_is_read(tmp_path: Path) -> None:
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("x,y\n1,für\n".encode("latin-1"))
-    with pytest.raises(DataError, match="cannot be read as csv \\(in UTF-8"):
+    with pytest.raises(
+        DataError, match=r"cannot be read as csv \(in UTF-8.*in UTF-8: iconv -f latin1 -t utf-8 IN > OUT"
+    ):
+        load(str(tmp_path / "a.csv"), target="y")
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n", encoding="utf-16")
+    with pytest.raises(DataError, match="iconv -f utf-16 -t utf-8 IN > OUT"):
         load(str(tmp_path / "a.csv"), target="y")
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from renorm.errors import DataError
 
-__all__ = ["MAX_VALUE", "channels_first", "collect", "join"]
+__all__ = ["MAX_VALUE", "channels_first", "collect", "join", "remarks"]
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +76,20 @@ def channels_first(x: Array) -> tuple[Array, tuple[str, ...]]:
         note = f"x of shape {x.shape} has its channels last: moved to the second axis"
         return np.ascontiguousarray(np.moveaxis(x, 3, 1)), (note,)
     return x, ()
+
+
+def remarks(x: Array) -> tuple[str, ...]:
+    """A note where x, which is used as it comes, looks like images with their channels last.
+
+    >>> remarks(np.zeros((5, 32, 32, 3)))[0][:43]
+    'x of shape (5, 32, 32, 3) looks like images'
+    """
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[3] < x.shape[1] == x.shape[2]:
+        return (
+            f"x of shape {x.shape} looks like images with their channels last, but the second axis is taken for them: "
+            "if so, write x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) of a tensor",
+        )
+    return ()
 
 
 def _read_all(dataset: TorchDataset[Any], where: str) -> object:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from renorm.comparison import arrays, images, table
 from renorm.comparison.reference import Reference
-from renorm.comparison.target import Target, recognise
+from renorm.comparison.target import MAX_CLASSES, Target, recognise
 from renorm.errors import DataError, StudyError
 
 __all__ = ["BUILT_IN", "Dataset", "from_pairs", "load"]
@@ -135,10 +135,25 @@ def _from_built_in(name: str, task: str) -> Dataset:
 
 def _from_table(path: Path, source: str, target: str | None, task: str) -> Dataset:
     read = table.read(path, target)
+    _refuse_notation(read, task)
     values = read.target.to_numpy()
     found = recognise(values, str(read.target.name), task, where=str(path), place=read.place)
     part = np.full(len(values), "train")
     return Dataset(path.stem, source, read.columns, found, part, True, (found.note, *read.notes))
+
+
+def _refuse_notation(read: table.Table, task: str) -> None:
+    """Raise if the target is numbers in a notation that is taken for text, which would be classes."""
+    labels = read.target
+    hint = table.notation(read.path, str(labels.name), labels)
+    many = table.has_decimal_commas(labels) or labels.nunique() > MAX_CLASSES
+    if hint and (task == "regression" or (task == "auto" and many)):
+        row = int(pd.to_numeric(labels, errors="coerce").isna().to_numpy().argmax())
+        otherwise = "; if they are classes, write --task classification" if task == "auto" else ""
+        raise DataError(
+            f"{read.path}: the target {labels.name!r} must hold numbers; it has {labels.iloc[row]!r} in "
+            f"{read.place(row)}{hint}{otherwise}"
+        )
 
 
 def _from_folder(source: str, task: str) -> Dataset:
@@ -156,8 +171,11 @@ def _from_npz(source: str, task: str) -> Dataset:
     path = Path(source).expanduser()
     try:
         # opened here, since np.load leaves the file open when it is broken
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            stored = {name.lower(): file[name] for name in file.files}
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(path):  # np.load would take it for a pickle
+                raise zipfile.BadZipFile("it is no .npz file; write one with numpy.savez(path, x=x, y=y)")
+            with np.load(opened, allow_pickle=False) as file:
+                stored = {name.lower(): file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read as an .npz file of plain arrays: {error}") from error
     endings = {"": "train", "_train": "train", "_valid": "valid", "_val": "valid", "_test": "test"}
@@ -179,9 +197,7 @@ def from_pairs(
 ) -> Dataset:
     """A data set of parts that :func:`renorm.comparison.arrays.collect` gave, keyed "train", "valid", "test"."""
     x, y, part = arrays.join(pairs, source)
-    notes: tuple[str, ...] = ()
-    if prepare:
-        x, notes = arrays.channels_first(x)
+    x, notes = arrays.channels_first(x) if prepare else (x, arrays.remarks(x))
     found = recognise(y, "y", task, where=source)
     return Dataset(name, source, x, found, part, prepare, (found.note, *notes))
 
@@ -247,5 +263,7 @@ def _tells(values: Array, target: Target) -> bool:
     if target.task == "regression":
         return values.dtype != object and bool((values == target.y).all())
     first = np.unique(target.y, return_index=True)[1]
+    if len(first) == len(values):  # every column without a repeated value is then a relabelling
+        return False
     of_class = values[first]
     return bool((values == of_class[target.y]).all()) and len(set(of_class.tolist())) == len(first)

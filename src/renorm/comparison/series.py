@@ -89,6 +89,11 @@ def read(source: str | pd.DataFrame, layout: Layout) -> Series:
         named = {key: value for key, value in vars(layout).items() if value}
         return _from_frame(frame, source, source, replace(usual, **named))
     path = Path(source).expanduser()
+    if not path.exists() and path.suffix.lower() in table.SUFFIXES:
+        near = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, 1)
+        hint = f"did you mean {close[0]!r}?" if close else "write the path of one"
+        raise DataError(f"a table must be a file; there is no file {source!r}; {hint}")
     if not path.is_file() or path.suffix.lower() not in table.SUFFIXES:
         close = difflib.get_close_matches(source, EXTRACTS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -177,7 +182,10 @@ def _time_column(frame: pd.DataFrame, layout: Layout, source: str) -> str:
 def _value_columns(frame: pd.DataFrame, time: str, layout: Layout, source: str) -> tuple[tuple[str, ...], str]:
     """What is seen of the past, the target first, and the target."""
     others = {time, layout.series, *layout.static}
-    numeric = [name for name in frame.columns if name not in others and types.is_numeric_dtype(frame[name].dtype)]
+    numeric = [
+        name for name in frame.columns
+        if name not in others and (types.is_numeric_dtype(frame[name].dtype) or table.has_decimal_commas(frame[name]))
+    ]  # fmt: skip
     columns = list(layout.columns) or numeric
     target = layout.target
     if target is None:
@@ -209,6 +217,7 @@ def _numbers(column: pd.Series[Any], name: str, source: str) -> Array:
         raise DataError(
             f"{source}: column {name!r} must hold finite numbers below {MAX_VALUE:g}, or nothing where one is missing; "
             f"it has {str(column.iloc[row])[:60]!r} in row {row + 1} and {int(wrong.sum()) - 1} more such values"
+            + table.notation(Path(source).expanduser(), name, column)
         )
     return numbers
 

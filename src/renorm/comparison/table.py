@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import re
@@ -20,12 +21,15 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from renorm.comparison.arrays import MAX_VALUE
 from renorm.errors import DataError
 
-__all__ = ["MAX_FEATURES", "MAX_LEVELS", "SUFFIXES", "Table", "encode", "read", "read_frame"]
+__all__ = [
+    "MAX_FEATURES", "MAX_LEVELS", "SUFFIXES", "Table", "encode", "has_decimal_commas", "notation", "read", "read_frame",
+]  # fmt: skip
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 MAX_LEVELS = 50  # a text column with more different values is not a category
 MAX_FEATURES = 50_000  # more columns than this is a file lying on its side
 
+_THOUSANDS = r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?"
 _ID_NAME = re.compile(r"(?i:(.*[_\s-])?(id|uuid|guid|index|rownames)|unnamed: \d+)|.*[a-z]I[dD]")
 
 
@@ -80,8 +84,13 @@ def encode(columns: pd.DataFrame, train: npt.NDArray[np.intp]) -> tuple[npt.NDAr
     """The columns as numbers, and notes: all statistics and levels come from the rows `train`.
 
     A numeric column is standardized, `(x - mean) / std` (a constant one is only shifted). A text column
-    becomes one column of 0 and 1 for each level; a level that the training rows lack is all zeros.
+    becomes one column of 0 and 1 for each level; a level that the training rows lack is all zeros. A text
+    column with one level is a constant one: zeros.
     """
+    columns = columns.copy()
+    for name in columns.columns:
+        if not types.is_float_dtype(columns[name].dtype) and columns[name].iloc[train].nunique() == 1:
+            columns[name] = 0.0
     numeric = [name for name in columns.columns if types.is_float_dtype(columns[name].dtype)]
     text = [name for name in columns.columns if name not in set(numeric)]
     encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
@@ -94,6 +103,44 @@ def encode(columns: pd.DataFrame, train: npt.NDArray[np.intp]) -> tuple[npt.NDAr
     if constant:
         notes.append(f"constant in the training part: column {', '.join(constant)}")
     return x, tuple(notes)
+
+
+def has_decimal_commas(column: pd.Series[Any]) -> bool:
+    """Whether a column is text, and numbers once each comma is a point."""
+    text = _different(column)
+    return bool(text.str.contains(",").any()) and _are_numbers(text.str.replace(",", "."))
+
+
+def notation(path: Path, name: str, column: pd.Series[Any]) -> str:
+    """How the numbers in a column of text are written, and how to read them; empty where it is no such column."""
+    text, fix = _different(column), f"frame[{name!r}]"
+    if not len(text):
+        return ""
+    thousands = text.str.fullmatch(_THOUSANDS)
+    grouped = bool(thousands.any()) and _are_numbers(text.where(~thousands, text.str.replace(",", "")))
+    if has_decimal_commas(column):
+        what, fix = "a decimal comma", f'{fix}.str.replace(",", ".").astype(float)'
+        if path.suffix.lower() in (".csv", ".tsv"):
+            fix = f'pandas.read_csv(path, sep={_header(path)[1]!r}, decimal=",").to_csv("new.csv", index=False)'
+            # 1,250 may be either
+            fix += ', or thousands="," in place of decimal="," if they part thousands' if grouped else ""
+    elif grouped:
+        what, fix = "commas between thousands", f'{fix}.str.replace(",", "").astype(float)'
+    elif text.str.endswith("%").any() and _are_numbers(text.str.rstrip("% ").str.replace(",", ".")):
+        what, fix = "a percent sign", f'{fix}.str.rstrip("% ").str.replace(",", ".").astype(float)'
+    else:
+        return ""
+    return f"; the column looks like numbers with {what}: write them plainly, for example with {fix}"
+
+
+def _different(column: pd.Series[Any]) -> pd.Series[Any]:
+    """The different values of a column of text, without blanks at their ends; none of another column."""
+    known = column.dropna()
+    return pd.Series(known.unique() if types.is_string_dtype(known) else [], dtype=object).astype(str).str.strip()
+
+
+def _are_numbers(text: pd.Series[Any]) -> bool:
+    return bool(np.isfinite(pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)).all())
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -116,6 +163,9 @@ def read_frame(path: Path) -> pd.DataFrame:
     except (pd.errors.ParserWarning, ValueError, OSError, csv.Error) as error:
         reason = " ".join(str(error).split())
         kind = path.suffix.lower().lstrip(".")
+        if isinstance(error, UnicodeDecodeError):
+            wide = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            reason += f"; the file must be in UTF-8: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8 IN > OUT"
         raise DataError(f"{path}: cannot be read as {kind} (in UTF-8, one line a row): {reason}") from error
 
 
@@ -239,17 +289,23 @@ def _text(path: Path, name: str, column: pd.Series[Any]) -> pd.Series[Any]:
         return numbers
     row = int(numbers.isna().to_numpy().argmax())
     cell = f"{str(column.iloc[row])[:60]!r} in {_place(path, row)}"
+    hint = notation(path, name, column)
+    if has_decimal_commas(column):
+        raise DataError(
+            f"{path}: numbers must have a decimal point; column {name!r} has {cell}{hint}; if they are no numbers, "
+            "put another sign in place of the comma"
+        )
     if numbers.notna().mean() > 0.5:
         raise DataError(
             f"{path}: column {name!r} must hold numbers, as {int(numbers.notna().sum())} of its {len(column)} "
-            f"values are; it has {cell}; correct or drop such rows ({int(numbers.isna().sum())} of them)"
+            f"values are; it has {cell}{hint or '; correct or drop such rows'}"
         )
     levels = column.nunique()
     if levels > MAX_LEVELS or (levels > 10 and levels > len(column) / 2):
         raise DataError(
             f"{path}: a text column is taken as a category, with at most {MAX_LEVELS} different values that "
-            f"repeat; column {name!r} has {levels} in {len(column)} rows, the first {cell}; turn it into numbers "
-            "or drop the column"
+            f"repeat; column {name!r} has {levels} in {len(column)} rows, the first {cell}"
+            f"{hint or '; turn it into numbers or drop the column'}"
         )
     return column.astype(object)
 
@@ -261,6 +317,13 @@ def _remarks(features: pd.DataFrame, target: pd.Series[Any]) -> list[str]:
         values = features[name]
         if len(values) > 2 and types.is_float_dtype(values.dtype) and bool((values.diff().iloc[1:] == 1).all()):
             notes.append(f"column {name!r} counts the rows one by one: if it is an id, drop it")
+    for values in (*(features[name] for name in features.columns), target):
+        text = _different(values)
+        if text.nunique() < len(text):
+            notes.append(
+                f"column {values.name!r} has {len(text)} different values, {text.nunique()} without blanks at their "
+                f"ends: if they are the same, write frame[{values.name!r}].str.strip()"
+            )
     copies = int(pd.concat([features, target], axis=1).duplicated().sum())
     if copies:
         notes.append(f"{copies} of {len(target)} rows repeat another one: copies may fall into different parts")

@@ -49,7 +49,8 @@ def recognise(
 
     Raises:
         StudyError: no task is called that.
-        DataError: fewer than two different values, or text where a regression needs numbers.
+        DataError: fewer than two different values, classes of one sample each, or text where a regression needs
+            numbers.
 
     >>> recognise(np.array(["b", "a", "b"]), "kind").classes
     ('a', 'b')
@@ -73,6 +74,14 @@ def recognise(
             f"{len(values)} samples; choose another target"
         )
     if task == "classification" or (not asked and is_class):
+        text = values.dtype.kind in "UT"
+        # of text that was asked for, as folders of images, the drawing of parts names the class that is too small
+        if len(distinct) == len(values) and not (asked and text):
+            instead = "choose another target" if text else "write --task regression"
+            raise DataError(
+                f"{where}: classes must have several samples each; {name!r} has {len(distinct)} different values in "
+                f"{len(values)} samples, which are no classes; {instead}"
+            )
         y = np.searchsorted(distinct, values).astype(np.int64)
         note = note if asked else f"{note}: a classification (--task regression overrides)"
         return Target(name, "classification", y, tuple(map(_label, distinct.tolist())), note)
