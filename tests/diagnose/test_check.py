@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
@@ -513,6 +514,77 @@ def test_bad_arguments():
         check(lazy, CE, batch=classes())
     lazy(torch.randn(2, 8))
     silent(lazy, CE, batch=classes())
+    with pytest.raises(RuleError, match=r"got the class CrossEntropyLoss: write CrossEntropyLoss\(\)"):
+        check(model, nn.CrossEntropyLoss, batch=classes())
+    with pytest.raises(RuleError, match=r"got the class Adam: write Adam\(model\.parameters\(\), lr=0\.01\)$"):
+        check(model, CE, torch.optim.Adam, classes())
+    with pytest.raises(RuleError, match=r"got tuple: write torch\.optim\.SGD\(.*\), and a batch as batch=\(x, y\)"):
+        check(model, CE, classes())
+    for empty in ([], DataLoader(TensorDataset(*classes(3)), 8, drop_last=True), iter(())):
+        with pytest.raises(RuleError, match=r"the loader gave none: give it data, and .* drop_last=False"):
+            check(model, CE, loader=empty)
+
+
+# ---- what user code may do
+
+
+def leaves(*args):
+    sys.exit(0)
+
+
+class Leaves(nn.Linear):
+    def forward(self, x):
+        sys.exit()
+
+
+def test_an_exit_of_the_users_is_a_finding():
+    (finding,) = check(nn.Linear(8, 5), leaves, batch=classes()).errors
+    assert finding.id == "C00"
+    assert finding.message.startswith("the loss raises SystemExit: 0 (output (32, 5)")
+    (finding,) = check(nn.Sequential(nn.Linear(8, 8), Leaves(8, 5)), CE, batch=classes()).errors
+    assert (finding.id, finding.module) == ("C00", "1")
+    assert "raises SystemExit (input (32, 8) float32)" in finding.message
+    with pytest.raises(RuleError, match="the loader must give a batch; it raised SystemExit: 0"):
+        check(nn.Linear(8, 5), CE, loader=map(leaves, [1]))
+
+
+class LeavesBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        sys.exit(0)
+
+
+def test_an_exit_in_the_backward_pass_is_noted():
+    report = check(nn.Linear(8, 5), lambda output, y: CE(LeavesBackwards.apply(output), y), batch=classes())
+    assert any(failure.endswith("failed: SystemExit: 0") for failure in report.failures)
+
+
+@pytest.mark.parametrize(
+    ("loss", "came"),
+    [
+        (lambda output, y: CE(output, y).item(), "float"),
+        (lambda output, y: (CE(output, y), {}), "tuple"),
+        (lambda output, y: None, "None"),
+    ],
+)
+def test_a_loss_is_a_tensor(loss, came):
+    model = nn.Linear(8, 5)
+    report = check(model, loss, torch.optim.SGD(model.parameters(), 0.1), classes())
+    assert not report.failures
+    assert [(finding.id, finding.message) for finding in report.errors] == [
+        ("C00", f"the loss must be a tensor, for loss.backward(); the loss function returned {came}")
+    ]
+
+
+def test_a_loss_of_each_sample_has_no_gradient():
+    report = check(nn.Linear(8, 5), nn.CrossEntropyLoss(reduction="none"), batch=classes())
+    assert not report.failures
+    assert [(finding.id, finding.severity) for finding in report.findings] == [("C45", "warning")]
+    assert "the loss has shape (32,)" in report.findings[0].message
 
 
 def test_fixes_are_made_in_copies():

@@ -605,7 +605,12 @@ def test_a_model_that_is_all_frozen():
     assert (
         "requires_grad is False for all of the model's parameters, and the optimizer has 4 of them" in finding.message
     )
-    assert quiet(check(model, CE, None, classes()))
+    finding = one(check(model, CE, None, classes()), "C25")
+    assert finding.severity == "info"
+    assert finding.message.endswith("requires_grad is False for all of the model's parameters; loss.backward() raises")
+    assert quiet(check(nn.Flatten(), CE, None, classes()))  # nothing was frozen
+    learning = nn.Linear(5, 5)  # of the loss
+    assert quiet(check(model, lambda output, y: CE(learning(output), y), None, classes()))
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh])

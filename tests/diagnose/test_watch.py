@@ -841,6 +841,10 @@ def test_settings_that_cannot_be():
         rn.watch(model, optimizer, ignore=["W99"])
     with pytest.raises(RuleError, match=r"watch takes a torch\.optim\.Optimizer"):
         rn.watch(model, [])
+    with pytest.raises(RuleError, match=r"got the class SGD: write SGD\(model\.parameters\(\), lr=0\.01\)"):
+        rn.watch(model, torch.optim.SGD)
+    with pytest.raises(RuleError, match=r"got str: write torch\.optim\.SGD\(model\.parameters\(\), lr=0\.01\)"):
+        rn.watch(model, [optimizer, "adam"])
     for bad in ([], {"a": 1}, (model, "b")):
         with pytest.raises(RuleError, match="watch takes a model"):
             rn.watch(bad, optimizer)
@@ -1060,6 +1064,23 @@ def test_a_learning_rate_may_be_a_tensor():
 
 
 # ---- loops
+
+
+def test_a_watch_that_saw_no_step_says_so():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with rn.watch(model, optimizer) as w:
+        pass
+    note = "no weight, gradient or layer was looked at: optimizer.step() was never seen inside of the `with` block, "
+    assert w.report.failures == w.gather().failures == (f"{note}w.step(loss) neither",)
+    assert w.report.ok
+    outside = rn.watch(model, optimizer)
+    steps(model, optimizer, outside, 3)
+    assert outside.report.failures == (f"{note}w.step(loss) 3 times",)
+    with w:
+        optimizer.step()
+    assert not w.report.failures
+    assert not w.gather().failures
 
 
 def test_an_optimizer_that_never_steps_is_named():

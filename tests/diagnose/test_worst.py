@@ -135,6 +135,53 @@ def test_a_regression():
     assert "off by" in str(found)
 
 
+MSE = nn.MSELoss(reduction="none")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MSE,
+        nn.HuberLoss(reduction="none"),
+        nn.PoissonNLLLoss(reduction="none"),
+        lambda output, y: (output - y) ** 2,
+        lambda output, y: (y - output).abs(),
+        lambda output, y: MSE(output, y).mean(1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_outputs_against_the_targets_of_other_samples(loss):
+    x, y = torch.randn(20, 3), torch.rand(20)
+    with pytest.raises(RuleError, match=r"\(20, 1\) and target \(20,\) .* \(20, 20\): write .*output\.squeeze\(1\)"):
+        worst_cases(nn.Linear(3, 1), loss, (x, y))
+    with pytest.raises(RuleError, match=r"\(20,\) and target \(20, 1\) .*: write .*target\.view\(20,\)"):
+        worst_cases(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), loss, (x, y[:, None]))
+    losses = loss(nn.Linear(3, 1)(x), y[:, None])
+    assert len(losses) == 20  # of one shape it is a loss for each sample
+    worst_cases(nn.Linear(3, 1), loss, (x, y[:, None]))
+    worst_cases(nn.Linear(3, 1), loss, [(x[:1], y[:1, None])])
+
+
+def test_shapes_that_fit():
+    """One target for several outputs, centres of bins, pairs of outputs: no output meets another's target."""
+    x, y, centres = torch.randn(20, 3), torch.rand(20, 1), torch.linspace(0, 1, 20)
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+
+    def pinball(output, y):
+        off = y - output
+        return torch.maximum(quantiles * off, (quantiles - 1) * off)
+
+    def binned(output, y):
+        return F.cross_entropy(output, torch.softmax(-(((y - centres) / 0.1) ** 2), 1), reduction="none")
+
+    def spread(output, y):
+        return (output - y).abs().mean(1) - 0.5 * (output[:, :, None] - output[:, None]).abs().mean((1, 2))
+
+    for model, loss in ((nn.Linear(3, 3), pinball), (nn.Linear(3, 20), binned), (nn.Linear(3, 4), spread)):
+        expected = loss(model(x), y).detach().reshape(20, -1).mean(1)
+        assert worst_cases(model, loss, (x, y), k=1)[0].loss == pytest.approx(float(expected.max()))
+
+
 def test_two_classes_and_several_labels():
     x = torch.randn(20, 3)
     with_logits = nn.BCEWithLogitsLoss(reduction="none")
@@ -266,4 +313,11 @@ def test_mistakes():
         worst_cases(model, CE, (x, y), k=0)
     with pytest.raises(RuleError, match="a row for each of the 50 samples"):
         worst_cases(nn.Flatten(0), lambda output, y: y.float(), (x, y))
+    with pytest.raises(RuleError, match="it returned list: write"):
+        worst_cases(model, lambda output, y: CE(output, y).tolist(), (x, y))
+    with pytest.raises(RuleError, match="classes must name all 4 classes of the model; got 3"):
+        worst_cases(model, CE, (x, y), classes=["a", "b", "c"])
+    binary = nn.BCEWithLogitsLoss(reduction="none")
+    with pytest.raises(RuleError, match="classes must name all 2 classes of the model; got 1"):
+        worst_cases(nn.Linear(5, 1), binary, (x, (x[:, :1] > 0).float()), classes=["no"])
     assert all(module.training for module in model.modules())

@@ -14,6 +14,7 @@ from renorm.diagnose import rules as _rules  # noqa: F401 (fills the catalogue)
 from renorm.diagnose.catalogue import RULES
 from renorm.diagnose.evidence import gather, preserved
 from renorm.diagnose.finding import Finding, Report, ordered
+from renorm.diagnose.rules.words import came, no_optimizer
 from renorm.errors import RuleError
 
 __all__ = ["check"]
@@ -49,8 +50,8 @@ def check(
     Nothing stays changed: parameters, buffers, gradients, modes and random numbers are put back bit for bit. What the
     model or the loss raises is a finding. A rule that fails itself is named in ``report.failures``.
 
-    Raises RuleError without a batch, for an unknown rule in `ignore` or `include`, and for a model with lazy layers
-    that were not run yet.
+    Raises RuleError without a batch, for an unknown rule in `ignore` or `include`, for a loss or an optimizer that is a
+    class, an optimizer that is none, and for a model with lazy layers that were not run yet.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
@@ -61,6 +62,11 @@ def check(
     unknown = {*ignore, *include} - {name for rule in RULES.values() for name in (rule.id, rule.slug)}
     if unknown:
         raise RuleError(f"there is no rule {', '.join(sorted(unknown))}: see renorm.diagnose.RULES")
+    if isinstance(loss, type):
+        raise RuleError(f"loss must be a function of (output, target); got {came(loss)}: write {loss.__name__}()")
+    if optimizer is not None and (isinstance(optimizer, type) or not hasattr(optimizer, "param_groups")):
+        batches = "" if isinstance(optimizer, type) else ", and a batch as batch=(x, y)"
+        raise RuleError(f"optimizer must be a torch.optim.Optimizer; {no_optimizer(optimizer)}{batches}")
     inner = _unwrapped(model)
     if any(nn.parameter.is_lazy(tensor) for tensor in (*inner.parameters(), *inner.buffers())):
         raise RuleError("check needs a model whose layers have their shapes: run it once on a batch, model(x), before")
@@ -73,7 +79,7 @@ def check(
             if rule.when == "check" and not names & set(ignore) and (not rule.opt_in or names & set(include)):
                 try:
                     findings += [Finding.of(rule, found) for found in rule.find(evidence)]
-                except Exception as error:  # one rule's bug must not cost the others' findings
+                except (Exception, SystemExit) as error:  # one rule's bug must not cost the others' findings
                     said = " ".join(str(error).split())[:300]
                     failures.append(f"rule {rule.id} ({rule.slug}) failed: {type(error).__name__}: {said}")
     return Report(ordered(findings), tuple(failures), inner, optimizer)

@@ -41,8 +41,9 @@ class Run:
     target: Any
     output: Any = None  # what the model returned
     loss: Tensor | None = None  # a number; None where there is no loss function and none in the output
-    error: Exception | None = None  # that the model or the loss raised
+    error: Exception | SystemExit | None = None  # that the model or the loss raised
     stage: str = ""  # where it was raised: "model" or "loss"
+    untensored: str = ""  # what the loss function returned, in words, where that is no tensor
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -180,7 +181,7 @@ def gather(
     if batch is None:
         if loader is None:
             raise RuleError("check needs a batch, (x, y) as the loader gives it: write batch=(x, y) or loader=...")
-        batch = next(iter(loader))
+        batch = _first(loader)
     inputs, target = parted(batch)
     if loss is None and _takes_targets(model, batch):
         inputs, target = tuple(batch), None
@@ -193,6 +194,18 @@ def gather(
         run = forward(model, loss, inputs, target)
     written = {id(tensor): value for tensor, value in before if not _same(tensor, value)}
     return Evidence(model, loss, optimizer, loader, inputs, target, run, seed, loose, written)
+
+
+def _first(loader: Iterable[Any]) -> Any:
+    try:
+        for batch in loader:
+            return batch
+    except SystemExit as error:  # which would end the check without a word
+        raise RuleError(f"the loader must give a batch; it raised SystemExit: {error}") from error
+    raise RuleError(
+        "check needs a batch, and the loader gave none: give it data, and where it drops the last batch, "
+        "drop_last=False or a smaller batch_size; or write batch=(x, y)"
+    )
 
 
 def parted(batch: Any) -> tuple[Any, Any]:
@@ -270,13 +283,18 @@ def forward(model: nn.Module, loss: Loss | None, inputs: Any, target: Any) -> Ru
         run = Run(trace, inputs, target)
         try:
             run.output = _called(model, inputs)
-        except Exception as error:  # a user's model may raise anything, and that is evidence
+        except (Exception, SystemExit) as error:  # a user's model may raise anything, and that is evidence
             run.error, run.stage = error, "model"
             return run
         try:
-            run.loss = _loss_of(loss, run.output, target)
-        except Exception as error:
+            made = _loss_of(loss, run.output, target)
+        except (Exception, SystemExit) as error:
             run.error, run.stage = error, "loss"
+            return run
+        if isinstance(made, Tensor):
+            run.loss = made
+        elif loss is not None:
+            run.untensored = "None" if made is None else type(made).__name__
     return run
 
 
@@ -300,7 +318,7 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     return model(*positional, **named)
 
 
-def _loss_of(loss: Loss | None, output: Any, target: Any) -> Tensor | None:
+def _loss_of(loss: Loss | None, output: Any, target: Any) -> Any:
     if loss is not None:
         return loss(output, target) if target is not None else loss(output)
     inside = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

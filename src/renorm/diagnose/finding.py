@@ -133,7 +133,7 @@ class Report:
     """The findings, the worst first."""
 
     findings: tuple[Finding, ...]
-    failures: tuple[str, ...] = ()  # rules that failed themselves, and with what
+    failures: tuple[str, ...] = ()  # rules that failed themselves, and with what; that nothing was looked at
     model: nn.Module | None = field(default=None, repr=False)
     optimizer: Optimizer | None = field(default=None, repr=False)
 

@@ -39,20 +39,22 @@ class Reporter:
         self._log = None if log is None else Path(log)
         self._writer = None if writer is None else Writer(writer)
 
-    @property
-    def report(self) -> Report:
-        """What was found so far."""
-        return Report(ordered(self._found.values()), tuple(self._failures), self.model)
+    def report(self, note: str) -> Report:
+        """What was found so far, with a `note` where there is one."""
+        return Report(ordered(self._found.values()), self._notes(note), self.model)
 
-    def gather(self) -> Report:
-        """The findings of all processes, each once."""
+    def _notes(self, note: str) -> tuple[str, ...]:
+        return (*self._failures, note) if note else tuple(self._failures)
+
+    def gather(self, note: str) -> Report:
+        """The findings and notes of all processes, each once."""
         found: list[Any] = [None]
         if _distributed():
             found = [None] * torch.distributed.get_world_size()
             mine = [(key, dataclasses.replace(finding, mend=None)) for key, finding in self._found.items()]
-            torch.distributed.all_gather_object(found, (mine, self._failures))
+            torch.distributed.all_gather_object(found, (mine, self._notes(note)))
         else:
-            found = [(list(self._found.items()), self._failures)]
+            found = [(list(self._found.items()), self._notes(note))]
         merged: dict[Key, Finding] = {}
         for theirs, _ in found:
             for key, finding in theirs:
@@ -102,7 +104,7 @@ class Reporter:
         self.write(counts(self._found.values()), step)
         errors = [finding for finding in new if finding.severity == "error"]
         if self.on_error == "raise" and errors and not quiet:
-            raise DiagnosisError(str(errors[0]), self.report)
+            raise DiagnosisError(str(errors[0]), self.report(""))
 
     def _tell(self, finding: Finding) -> None:
         if not _speaks():

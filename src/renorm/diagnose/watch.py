@@ -24,6 +24,7 @@ from renorm.diagnose.history import History, Validation
 from renorm.diagnose.layers import Layers, is_compiled, unwrapped
 from renorm.diagnose.readings import fetch, local_of, norms_of
 from renorm.diagnose.reporter import OnError, Reporter
+from renorm.diagnose.rules.words import no_optimizer
 from renorm.diagnose.track import Track
 from renorm.errors import DiagnosisError, RuleError
 
@@ -83,7 +84,7 @@ class Watch:
     @property
     def report(self) -> Report:
         """What was found so far."""
-        return self._reporter.report
+        return self._reporter.report(self._unseen)
 
     @property
     def on_error(self) -> OnError:
@@ -134,7 +135,7 @@ class Watch:
 
     def gather(self) -> Report:
         """The findings of all processes of torch.distributed, each once; every process must call it."""
-        return self._reporter.gather()
+        return self._reporter.gather(self._unseen)
 
     def __enter__(self) -> Watch:
         if self._handles:
@@ -175,6 +176,16 @@ class Watch:
         """Whether all parameters are what they were, by their norms: a compiled step is not seen by hooks."""
         now = self._sizes()
         return bool(now) and len(now) == len(self._start) and fetch(now) == fetch(self._start)
+
+    @property
+    def _unseen(self) -> str:
+        """Why a report without findings says nothing; empty where steps were seen."""
+        if self._total or self._off:
+            return ""
+        return (
+            "no weight, gradient or layer was looked at: optimizer.step() was never seen inside of the `with` block, "
+            f"w.step(loss) {self._told or 'neither'}{' times' * (self._told > 1)}"
+        )
 
     # ---- around a step
 
@@ -410,12 +421,14 @@ def watch(
     ``w.step(loss, outputs, targets)`` predictions are looked at, too. The results of the training are the same, bit for
     bit, with and without. Of several processes only the first prints; ``w.gather()`` has the findings of all.
 
-    Raises RuleError for settings that cannot be, an unknown rule in `ignore`, and a `writer` that cannot write.
+    Raises RuleError for settings that cannot be, an optimizer that is none, an unknown rule in `ignore`, and a `writer`
+    that cannot write.
     """
-    several = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    several = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     optimizers = tuple(map(_inner, several))
     if not optimizers or not all(isinstance(one, Optimizer) for one in optimizers):
-        raise RuleError("watch takes a torch.optim.Optimizer, or several of them")
+        wrong = next((one for one in optimizers if not isinstance(one, Optimizer)), optimizer)
+        raise RuleError(f"watch takes a torch.optim.Optimizer, or several of them; {no_optimizer(wrong)}")
     if every < 1 or dense < 0 or on_error not in ("print", "raise", "silent"):
         raise RuleError(
             f"every is 1 or more, dense 0 or more and on_error print, raise or silent; got {every}, {dense}, "

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from renorm.diagnose.cases import Case, Neighbor, WorstCases, png
 from renorm.diagnose.evidence import Run, forward, mapped, parted
+from renorm.diagnose.rules.calls import REGRESSION
+from renorm.diagnose.rules.labels import broadcast, of_one_shape
+from renorm.diagnose.rules.words import shown
 from renorm.diagnose.trace import Node, tensors_in
 from renorm.errors import RuleError
 
@@ -22,6 +25,9 @@ __all__ = ["Case", "Neighbor", "WorstCases", "png", "worst_cases"]
 Task = Literal["classes", "labels", "numbers"]
 Metric = Literal["cosine", "euclidean"]
 _BATCH = 256
+# What compares entry by entry, and broadcasts.
+ELEMENTWISE = (*REGRESSION, "kl_div", "poisson_nll_loss", "gaussian_nll_loss", "soft_margin_loss")
+DIFFERENCES = ("sub", "__sub__", "rsub", "__rsub__")
 
 
 def worst_cases(
@@ -52,7 +58,8 @@ def worst_cases(
         classes: names, for the text.
         batch_size: of data that comes without.
 
-    Raises RuleError where the loss is one number for all, the model or the loss fails, or there is no sample.
+    Raises RuleError where the loss is one number for all or broadcasts outputs against the targets of other samples,
+    the model or the loss fails, `classes` are fewer than the model's, or there is no sample.
 
     >>> import torch
     >>> x, y = torch.tensor([[-2.0], [-1.0], [1.0], [3.0]]), torch.tensor([0, 0, 1, 0])
@@ -71,7 +78,7 @@ def worst_cases(
         )
     wanted = neighbors if train is not None else 0
     with _evaluating(model):
-        worst = _worst(model, loss_per_sample, data, k, batch_size)
+        worst = _worst(model, loss_per_sample, data, k, batch_size, len(classes))
         if not worst.num:
             raise RuleError("worst_cases needs at least one sample; the data is empty")
         cases = [case for case, _ in worst.found]
@@ -122,6 +129,13 @@ class _Seen:
     output: Tensor  # (N, ...), the classes in dimension 1
     targets: Tensor | None  # (N, ...)
     task: Task
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 where the output means something else."""
+        if self.task == "classes":
+            return self.output.shape[1] if self.output.dim() > 1 else 0
+        return 2 if self.task == "labels" and self.output[0].numel() == 1 else 0
 
     def input(self, i: int) -> Any:
         """One sample, without the batch dimension."""
@@ -195,20 +209,24 @@ def _task(run: Run, output: Tensor, targets: Tensor | None) -> Task:
     return "classes" if output.dim() == targets.dim() + 1 else "numbers"
 
 
-def _worst(model: nn.Module, loss: Callable[..., Tensor], data: Any, k: int, size: int) -> _Worst:
+def _worst(model: nn.Module, loss: Callable[..., Tensor], data: Any, k: int, size: int, named: int) -> _Worst:
     found: list[tuple[Case, Tensor]] = []
     task: Task | None = None
     num, total = 0, 0.0
     for batch in _batches(data, size):
         seen = _see(model, loss, batch, task)
         task = seen.task
+        if 0 < named < seen.num_classes:
+            raise RuleError(f"classes must name all {seen.num_classes} classes of the model; got {named}")
         losses = seen.run.loss
         if losses is None or losses.dim() == 0 or len(losses) % seen.num:
-            shape = "nothing" if losses is None else "one number" if losses.dim() == 0 else f"{tuple(losses.shape)}"
+            nothing = seen.run.untensored or "nothing"
+            shape = nothing if losses is None else "one number" if losses.dim() == 0 else f"{tuple(losses.shape)}"
             raise RuleError(
                 f"loss_per_sample must return a loss for each of the {seen.num} samples; it returned {shape}: write "
                 'reduction="none"'
             )
+        _each_its_own(seen)
         losses = losses.detach().double().reshape(seen.num, -1).mean(1)
         # A sample whose loss is no number is worse than any.
         order = losses.nan_to_num(nan=float("inf")).argsort(descending=True, stable=True)[:k].tolist()
@@ -218,6 +236,28 @@ def _worst(model: nn.Module, loss: Callable[..., Tensor], data: Any, k: int, siz
         found = found[:k]
         num, total = num + seen.num, total + float(losses.sum())
     return _Worst(found, task or "numbers", num, total)
+
+
+def _each_its_own(seen: _Seen) -> None:
+    """Raise where an output is compared with the targets of other samples, whose losses the mean would hide."""
+    trace, targets = seen.run.trace, {id(x) for x in tensors_in(seen.run.target)}
+    pairs = [(call.input, call.target) for call in trace.losses() if call.kind in ELEMENTWISE]
+    for node in trace.of_kind(*DIFFERENCES):
+        one, other = node.inputs if len(node.inputs) == 2 else (None, None)
+        if one is None or other is None or one.numel() != other.numel():
+            continue
+        if id(one) in targets:
+            one, other = other, one
+        if id(other) in targets and trace.maker(one) is not None:
+            pairs.append((one, other))
+    for output, target in pairs:
+        shapes = tuple(output.shape), tuple(target.shape)
+        together = broadcast(*shapes)
+        if together is not None:
+            raise RuleError(
+                f"loss_per_sample must compare each output with its own target; output {shown(shapes[0])} and target "
+                f"{shown(shapes[1])} are broadcast to {shown(together)}: write {of_one_shape(*shapes)}"
+            )
 
 
 def _case(seen: _Seen, i: int, index: int, loss: float) -> Case:

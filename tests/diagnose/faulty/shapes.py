@@ -207,3 +207,14 @@ def sum_by_hand() -> Program:
         return -torch.log(p[torch.arange(len(y)), y] + 1e-9).sum()
 
     return Program(model, loss, (_rows(), torch.randint(4, (32,))), torch.optim.SGD(model.parameters(), lr=1e-3))
+
+
+@fault("C45")
+def weighted_and_not_averaged() -> Program:
+    """Weights of samples: reduction='none', times the weights, and no mean; backward() raises."""
+    model, weights = _mlp(4), torch.rand(32)
+
+    def loss(logits, y):
+        return F.cross_entropy(logits, y, reduction="none") * weights
+
+    return Program(model, loss, (_rows(), torch.randint(4, (32,))), torch.optim.SGD(model.parameters(), lr=0.1))

@@ -93,10 +93,12 @@ def gradient_not_finite(evidence: Evidence) -> Iterator[Found]:
         return
     if not trainable:
         held = held_by(evidence)
-        if held and not loss.requires_grad:
+        if (list(evidence.model.parameters()) if held is None else held) and not loss.requires_grad:
+            has = "" if held is None else f", and the optimizer has {len(held)} of them"
             yield Found(
-                f"nothing can learn: requires_grad is False for all of the model's parameters, and the optimizer has "
-                f"{len(held)} of them; loss.backward() raises",
+                f"nothing can learn: requires_grad is False for all of the model's parameters{has}; loss.backward() "
+                "raises",
+                severity=None if held else "info",  # without an optimizer it may be no more than looked at
                 fix="# requires_grad_(True) on what shall learn, such as the head",
             )
         return

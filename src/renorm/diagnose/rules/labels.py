@@ -49,21 +49,32 @@ def broadcast_loss(evidence: Evidence) -> Iterator[Found]:
     pairs += column_and_row(evidence, {id(tensor) for pair in pairs for tensor in pair[1:]})
     for what, one, other in pairs:
         shapes = tuple(one.shape), tuple(other.shape)
-        if shapes[0] == shapes[1] or one.numel() <= 1 or other.numel() <= 1:
-            continue
-        try:
-            together = tuple(torch.empty(shapes[0], device="meta").add(torch.empty(shapes[1], device="meta")).shape)
-        except RuntimeError:
-            continue
-        if math.prod(together) > max(one.numel(), other.numel()):
-            axis = next((i for i, size in enumerate(shapes[0]) if size == 1), -1)
+        together = broadcast(*shapes)
+        if together is not None:
             yield Found(
                 f"{what} of output {shown(shapes[0])} and target {shown(shapes[1])}: broadcast to "
                 f"{shown(together)}, every output against every target",
-                fix=f"loss(output.squeeze({axis}), target)"
-                if len(shapes[0]) > len(shapes[1])
-                else f"loss(output, target.view{shown(shapes[0])})",
+                fix=of_one_shape(*shapes),
             )
+
+
+def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of two that are broadcast against each other, where it has more entries than either."""
+    if one == other or math.prod(one) <= 1 or math.prod(other) <= 1:
+        return None
+    try:
+        together = tuple(torch.empty(one, device="meta").add(torch.empty(other, device="meta")).shape)
+    except RuntimeError:
+        return None
+    return together if math.prod(together) > max(math.prod(one), math.prod(other)) else None
+
+
+def of_one_shape(output: tuple[int, ...], target: tuple[int, ...]) -> str:
+    """A loss that does not broadcast, as code."""
+    axis = next((i for i, size in enumerate(output) if size == 1), -1)
+    if len(output) > len(target):
+        return f"loss(output.squeeze({axis}), target)"
+    return f"loss(output, target.view{shown(output)})"
 
 
 BY_HAND = ("sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__", "__rmul__")
@@ -251,6 +262,29 @@ def summed_loss(evidence: Evidence) -> Iterator[Found]:
             "is a sum",
             fix='reduction="mean"',
             severity="info" if scaled or likelihood else "warning",
+        )
+
+
+@rule(
+    "C45",
+    "loss-not-scalar",
+    "warning",
+    title="The loss has several entries",
+    why="loss.backward() raises for more than one entry. A loop that takes the mean is fine, but without it check has "
+    "no gradient to look at: the rules about gradients and steps are silent.",
+    fix="Take the mean inside of the loss, or use reduction='mean'.",
+    source="torch.Tensor.backward: grad can be implicitly created only for scalar outputs",
+    bad=HEAD.format("", 'nn.CrossEntropyLoss(reduction="none")', CLASSES),
+    good=HEAD.format("", "lambda output, y: F.cross_entropy(output, y, reduction='none').mean()", CLASSES),
+)
+def loss_not_scalar(evidence: Evidence) -> Iterator[Found]:
+    """A tensor with another number of entries than 1."""
+    loss = evidence.run.loss
+    if loss is not None and loss.numel() != 1:
+        yield Found(
+            f"the loss has shape {shown(tuple(loss.shape))}, and loss.backward() needs a single number: no gradient "
+            "was looked at",
+            fix="loss(output, target).mean()",
         )
 
 

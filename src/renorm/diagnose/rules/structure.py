@@ -302,7 +302,7 @@ EXPLAIN = ("C04b", "C05", "C09", "C15", "C15b", "C17", "C18")
     "C00",
     "does-not-run",
     "error",
-    title="The model or the loss raises an exception on the batch",
+    title="The model or the loss raises an exception on the batch, or the loss is no tensor",
     why="Nothing can be trained, or looked at, before it runs.",
     fix="See the message: where it was raised, and the shapes that went in.",
     source="the exception",
@@ -320,12 +320,17 @@ batch = torch.randn(16, 3, 8, 8), torch.randint(4, (16,))
 def does_not_run(evidence: Evidence) -> Iterator[Found]:
     """Silent where another rule says why."""
     error = evidence.run.error
+    if evidence.run.untensored:
+        yield Found(
+            f"the loss must be a tensor, for loss.backward(); the loss function returned {evidence.run.untensored}",
+            fix="# return the loss alone, as torch computes it: no .item(), float() or .numpy(), and nothing beside it",
+        )
     if error is None or explained(evidence):
         return
     trace = evidence.trace
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:297] + "..."
-    raised = f"{type(error).__name__}: {text}"
+    raised = f"{type(error).__name__}: {text}".removesuffix(": ")
     if evidence.run.stage == "loss":
         shapes = listed([shown(tuple(y.shape)) for y in evidence.run.outputs]) or "no tensors"
         targets = listed([described(t) for t in tensors_in(evidence.target)]) or "none"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch.optim import Optimizer
+
 from renorm.diagnose.trace import Node
 
-__all__ = ["called", "listed", "path", "said", "shown"]
+__all__ = ["called", "came", "listed", "no_optimizer", "path", "said", "shown"]
 
 
 def said(node: Node | None) -> str:
@@ -37,3 +39,14 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def shown(shape: tuple[int, ...]) -> str:
     """A shape in a sentence."""
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def came(given: object) -> str:
+    """What was given in the place of something else."""
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+
+
+def no_optimizer(given: object) -> str:
+    """What was given in the place of an optimizer, and what to write."""
+    name = given.__name__ if isinstance(given, type) and issubclass(given, Optimizer) else "torch.optim.SGD"
+    return f"got {came(given)}: write {name}(model.parameters(), lr=0.01)"
