@@ -9,13 +9,17 @@ constexpr int64_t kNear = 16 * 1024;         // the same, for what fits L1
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// f(thread, threads)
+// f(thread, threads), by so many of torch's threads. All of them wake up for it: a team of another size than torch's would
+// make libgomp end threads now and start them again at the next team (pytorch#32008).
 template <class F>
 inline void parallel(int threads, F f) {
 #ifdef _OPENMP
     if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        f(omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel
+        {
+            int team = int(least(threads, omp_get_num_threads()));
+            if (omp_get_thread_num() < team) f(omp_get_thread_num(), team);
+        }
         return;
     }
 #endif

@@ -25,6 +25,19 @@ inline void meet() {
 #endif
 }
 
+// Like `parallel`, by a team of no more threads, which may meet: a sequence is long enough to start them for it.
+template <class F>
+inline void together(int threads, F f) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        f(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    f(0, 1);
+}
+
 // f(i, whole or part) over n entries: for loops too long to be unrolled, as `each` does.
 template <class A, class F>
 RENORM_ALWAYS inline void vectors(int64_t n, F f) {
@@ -392,7 +405,7 @@ bool recurrent_forward(const RecurrentJob& job) {
     if (!weight.data || !projection.data || !own_pre || !own_raw || !scratch) return false;
     LSTM<A> with_cell(job);
     GRU<A> without(job);
-    parallel(all.threads, [&](int thread, int team) {
+    together(all.threads, [&](int thread, int team) {
         typename Sequence<A>::Share share(all, thread, team);
         share.pack(weight, job.weight, true);
         if (projected) share.pack(projection, job.projection, true);
@@ -436,7 +449,7 @@ bool recurrent_backward(const RecurrentJob& job) {
     if (!weight.data || !projection.data || !draw || !scratch) return false;
     LSTM<A> with_cell(job);
     GRU<A> without(job);
-    parallel(all.threads, [&](int thread, int team) {
+    together(all.threads, [&](int thread, int team) {
         typename Sequence<A>::Share share(all, thread, team);
         share.pack(weight, job.weight, false);
         if (projected) share.pack(projection, job.projection, false);

@@ -1125,6 +1125,24 @@ print("pools:", len([path for path in maps if "libgomp" in path or "libomp" in p
 
 
 @with_extension
+@needs_proc
+def test_no_thread_ends_where_fewer_work():
+    """A team of fewer threads than torch's would end the others, which torch's next operation starts again."""
+    said = python("""
+import os, torch, renorm
+torch.set_num_threads(4)
+layer, x, large = renorm.Norm("n c [...]", c=8, backend="native"), torch.randn(4, 8, 32, 40), torch.randn(1 << 20)
+tasks = lambda: set(os.listdir("/proc/self/task"))
+layer(x), large.exp()
+before = tasks()
+for _ in range(20):
+    layer(x), large.exp()
+print("the same:", before == tasks())
+""")
+    assert "the same: True" in said
+
+
+@with_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are spawned here")
 def test_a_fork_after_use_computes_the_same():
     """In the child the pool's threads are gone: a kernel that waited for them would never end."""
@@ -1306,6 +1324,21 @@ def test_statistics_beyond_their_dtype_change_nothing(backend):
     layer(draw((4096, 4)) * 1e20)
     assert layer.num_batches_tracked == 0
     assert layer.running_var.tolist() == [1.0] * 4
+
+
+@with_extension
+@pytest.mark.parametrize(
+    "layer", [rn.InstanceNorm2d(16), rn.InstanceNorm2d(16, affine=True), rn.Norm("n c [...]", c=16)]
+)
+def test_small_instance_norms_keep_the_digits_of_a_large_mean(layer):
+    """Torch's err by 1e-3 here."""
+    x, upstream = draw((4, 16, 8, 8), mean=1e4), draw((4, 16, 8, 8), seed=1)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    z = (exact - exact.mean((2, 3), keepdim=True)) / (exact.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    y = layer(leaf)
+    close(y, z, 5e-6)
+    (found,), (wanted,) = torch.autograd.grad(y, leaf, upstream), torch.autograd.grad(z, exact, upstream.double())
+    close(found, wanted, 5e-6)
 
 
 @with_extension

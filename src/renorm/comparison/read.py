@@ -236,7 +236,7 @@ def _call(source: str) -> Any:
     except DataError:
         raise
     # the user's code may raise anything
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{source}: the function raised {type(error).__name__}: {error}") from error
 
 
