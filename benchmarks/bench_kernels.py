@@ -7,7 +7,7 @@ A sample before or after which another process was running is dropped and counte
 A row has the median and the quartiles of each contender, torch's time over renorm's, and how near renorm comes to
 copying: `copies` is its time over that of `Tensor.clone` on the input, `bandwidth` the bytes it must move a second
 (x and y in forward, x, dy and dx more with backward) over those of the copy. `saved_mb` is what forward keeps for
-backward. With `--save`, `results/kernels.csv` has the rows.
+backward. With `--save`, `results/kernels.csv` has the rows; those of cases that are not run stay.
 """
 
 import argparse
@@ -343,6 +343,17 @@ def rows_of(case: Case, compiled: bool, seconds: float, keep: bool) -> list[list
     return rows
 
 
+def save(rows: list[list[object]]) -> None:
+    """Put rows in the place of those of the same cases."""
+    path = Path(__file__).parent / "results" / "kernels.csv"
+    kept = list(csv.reader(path.open(newline="")))[1:] if path.exists() else []
+    known = {(row[0], row[1]): row for row in kept} | {(str(row[0]), str(row[1])): row for row in rows}
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow([*HEAD, "machine", "instructions", "threads", "torch", "commit"])
+        out.writerows(known.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -356,17 +367,14 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     module = rn.kernels.extension.module()
     stamp = [platform.machine(), module.instructions if module else "none", options.threads, torch.__version__]
-    path = Path(__file__).parent / "results" / "kernels.csv"
     rows = []
     for case in [*large(), *small()]:
         if options.only not in case.name:
             continue
-        rows += rows_of(case, options.compiled and not case.name.startswith("small"), options.seconds, options.busy)
+        made = rows_of(case, options.compiled and not case.name.startswith("small"), options.seconds, options.busy)
+        rows += made
         if options.save:
-            with path.open("w", newline="") as file:
-                out = csv.writer(file)
-                out.writerow([*HEAD, "machine", "instructions", "threads", "torch", "commit"])
-                out.writerows([*row, *stamp, commit.strip()] for row in rows)
+            save([[*row, *stamp, commit.strip()] for row in made])
     ratios = [row[9] for row in rows if row[1] == "both" and not str(row[0]).startswith("small")]
     if ratios:
         mean = statistics.geometric_mean(ratios)
