@@ -229,39 +229,42 @@ struct ColumnScratch {
     bool ok() const { return moments.ok() && lines.data; }
 };
 
+// Each thread has panels of columns of its own, which it reads again while they are in the cache.
 template <class T>
-bool column_forward(const Job& job) {
+bool column_forward_in_panels(const ColumnForward<T>& kernel, const ColumnPlan& plan) {
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    Flag short_of_memory;
+    parallel(plan.threads, [&](int thread, int threads) {
+        ColumnScratch<T> own(plan.width);
+        if (!own.ok()) {
+            short_of_memory.raise();
+            return;
+        }
+        for (int64_t task = plan.tasks * thread / threads; task < plan.tasks * (thread + 1) / threads; task++) {
+            int64_t k0 = task / plan.blocks, first = task % plan.blocks * plan.width;
+            int64_t n = least(plan.width, nest.k1 - first), set = (k0 * nest.k1 + first) / nest.merge;
+            if (job.residual) kernel.add(k0, first, n, 0, nest.r0);
+            bool done = kernel.measure_short(own.moments, own.lines, plan.width, k0, first, n);
+            if (!job.measured && !done) {
+                kernel.measure(own.moments, k0, first, n, 0, nest.r0);
+                for (int64_t s = 0; s < n / nest.merge; s++)
+                    kernel.finish(own.moments.cells + s * nest.merge, nest.merge, set + s);
+            }
+            if (!job.y) continue;
+            if (!done || job.affine) kernel.lines(own.lines, plan.width, k0, first, n);
+            kernel.apply(own.lines, plan.width, k0, first, n, 0, nest.r0);
+        }
+    });
+    return !short_of_memory;
+}
+
+// Too few panels: all threads share each outer index, some rows each, in phases.
+template <class T>
+bool column_forward_by_rows(const ColumnForward<T>& kernel, const ColumnPlan& plan) {
     using A = Acc<T>;
-    Parameters<A> parameters(job);
-    if (!parameters.ok) return false;
-    ColumnForward<T> kernel(job, parameters);
-    const Nest& nest = job.nest;
-    ColumnPlan plan(job, kernel.size, sizeof(T));
-    if (!plan.split) {
-        Flag short_of_memory;
-        parallel(plan.threads, [&](int thread, int threads) {
-            ColumnScratch<T> own(plan.width);
-            if (!own.ok()) {
-                short_of_memory.raise();
-                return;
-            }
-            for (int64_t task = plan.tasks * thread / threads; task < plan.tasks * (thread + 1) / threads; task++) {
-                int64_t k0 = task / plan.blocks, first = task % plan.blocks * plan.width;
-                int64_t n = least(plan.width, nest.k1 - first), set = (k0 * nest.k1 + first) / nest.merge;
-                if (job.residual) kernel.add(k0, first, n, 0, nest.r0);
-                bool done = kernel.measure_short(own.moments, own.lines, plan.width, k0, first, n);
-                if (!job.measured && !done) {
-                    kernel.measure(own.moments, k0, first, n, 0, nest.r0);
-                    for (int64_t s = 0; s < n / nest.merge; s++)
-                        kernel.finish(own.moments.cells + s * nest.merge, nest.merge, set + s);
-                }
-                if (!job.y) continue;
-                if (!done || job.affine) kernel.lines(own.lines, plan.width, k0, first, n);
-                kernel.apply(own.lines, plan.width, k0, first, n, 0, nest.r0);
-            }
-        });
-        return !short_of_memory;
-    }
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
     Scratch<Cell<A>> cells(nest.k1 * plan.threads);
     Scratch<A> lines(3 * nest.k1);
     if (!cells || !lines) return false;
@@ -298,6 +301,15 @@ bool column_forward(const Job& job) {
         });
     }
     return true;
+}
+
+template <class T>
+bool column_forward(const Job& job) {
+    Parameters<Acc<T>> parameters(job);
+    if (!parameters.ok) return false;
+    ColumnForward<T> kernel(job, parameters);
+    ColumnPlan plan(job, kernel.size, sizeof(T));
+    return plan.split ? column_forward_by_rows(kernel, plan) : column_forward_in_panels(kernel, plan);
 }
 
 // ---- backward
@@ -418,58 +430,59 @@ struct ColumnBackward : Backward<T> {
 };
 
 template <class T>
-bool column_backward(const Job& job) {
+bool column_backward_by_rows(const ColumnBackward<T>& kernel, const ColumnPlan& plan) {
     using A = Acc<T>;
-    Parameters<A> parameters(job);
-    Sizes size(job.nest);
-    Scratch<double> sums(2 * size.cells);
-    if (!parameters.ok || !sums) return false;
-    ColumnBackward<T> kernel(job, parameters, sums);
-    const Nest& nest = job.nest;
-    ColumnPlan plan(job, size, 2 * sizeof(T));
-    bool reduces = !job.combine, wants = nest.along && (job.dweight || job.dbias);
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    Scratch<double> parts(2 * nest.k1 * plan.threads);
+    Scratch<A> table(6 * nest.k1);
+    if (!parts || !table) return false;
     Flag short_of_memory;
-    if (plan.split) {
-        Scratch<double> parts(2 * nest.k1 * plan.threads);
-        Scratch<A> table(6 * nest.k1);
-        if (!parts || !table) return false;
-        for (int64_t k0 = 0; k0 < size.outer; k0++) {
-            kernel.lines(table, nest.k1, k0, 0, nest.k1);
-            if (reduces) {
-                memset(parts.data, 0, size_t(2 * nest.k1 * plan.threads) * sizeof(double));
-                parallel(plan.threads, [&](int thread, int threads) {
-                    Scratch<A> block(2 * plan.width);
-                    if (!block) {
-                        short_of_memory.raise();
-                        return;
-                    }
-                    double* part = parts + 2 * nest.k1 * thread;
-                    for (int64_t first = 0; first < nest.k1; first += plan.width) {
-                        Lines<A> line = {table + first, table + nest.k1 + first, table + 2 * nest.k1 + first};
-                        kernel.reduce(line, block, k0, first, least(plan.width, nest.k1 - first),
-                                      nest.r0 * thread / threads, nest.r0 * (thread + 1) / threads, part + first,
-                                      part + nest.k1 + first);
-                    }
-                });
-                if (short_of_memory) return false;
-                for (int thread = 0; thread < plan.threads; thread++)
-                    for (int64_t k = 0; k < nest.k1; k++) {
-                        kernel.g1[k0 * nest.k1 + k] += parts[2 * nest.k1 * thread + k];
-                        kernel.g2[k0 * nest.k1 + k] += parts[2 * nest.k1 * thread + nest.k1 + k];
-                    }
-            }
-            kernel.combines(table, nest.k1, k0, 0, nest.k1);
-            if (!job.dx) continue;
+    for (int64_t k0 = 0; k0 < kernel.size.outer; k0++) {
+        kernel.lines(table, nest.k1, k0, 0, nest.k1);
+        if (!job.combine) {
+            memset(parts.data, 0, size_t(2 * nest.k1 * plan.threads) * sizeof(double));
             parallel(plan.threads, [&](int thread, int threads) {
-                kernel.apply(table, nest.k1, k0, 0, nest.k1, nest.r0 * thread / threads, nest.r0 * (thread + 1) / threads,
-                             nullptr, nullptr);
+                Scratch<A> block(2 * plan.width);
+                if (!block) {
+                    short_of_memory.raise();
+                    return;
+                }
+                double* part = parts + 2 * nest.k1 * thread;
+                for (int64_t first = 0; first < nest.k1; first += plan.width) {
+                    Lines<A> line = {table + first, table + nest.k1 + first, table + 2 * nest.k1 + first};
+                    kernel.reduce(line, block, k0, first, least(plan.width, nest.k1 - first),
+                                  nest.r0 * thread / threads, nest.r0 * (thread + 1) / threads, part + first,
+                                  part + nest.k1 + first);
+                }
             });
+            if (short_of_memory) return false;
+            for (int thread = 0; thread < plan.threads; thread++)
+                for (int64_t k = 0; k < nest.k1; k++) {
+                    kernel.g1[k0 * nest.k1 + k] += parts[2 * nest.k1 * thread + k];
+                    kernel.g2[k0 * nest.k1 + k] += parts[2 * nest.k1 * thread + nest.k1 + k];
+                }
         }
-        return collect(job, sums, sums + size.cells, size.cells);
+        kernel.combines(table, nest.k1, k0, 0, nest.k1);
+        if (!job.dx) continue;
+        parallel(plan.threads, [&](int thread, int threads) {
+            kernel.apply(table, nest.k1, k0, 0, nest.k1, nest.r0 * thread / threads, nest.r0 * (thread + 1) / threads,
+                         nullptr, nullptr);
+        });
     }
+    return collect(job, kernel.g1, kernel.g2, kernel.size.cells);
+}
+
+template <class T>
+bool column_backward_in_panels(const ColumnBackward<T>& kernel, const ColumnPlan& plan) {
+    using A = Acc<T>;
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    bool wants = nest.along && (job.dweight || job.dbias);
     int64_t along = wants ? nest.r0 : 0;
     Scratch<double> tables(2 * along * plan.threads);
     if (!tables) return false;
+    Flag short_of_memory;
     parallel(plan.threads, [&](int thread, int threads) {
         Scratch<A> table(6 * plan.width), block(2 * plan.width);
         if (!table || !block) {
@@ -481,7 +494,7 @@ bool column_backward(const Job& job) {
             int64_t k0 = task / plan.blocks, first = task % plan.blocks * plan.width;
             int64_t n = least(plan.width, nest.k1 - first), cell = k0 * nest.k1 + first;
             kernel.lines(table, plan.width, k0, first, n);
-            if (reduces) {
+            if (!job.combine) {
                 Lines<A> line = {table, table + plan.width, table + 2 * plan.width};
                 kernel.reduce(line, block, k0, first, n, 0, nest.r0, kernel.g1 + cell, kernel.g2 + cell);
             }
@@ -491,15 +504,17 @@ bool column_backward(const Job& job) {
         }
     });
     if (short_of_memory) return false;
-    if (!nest.along) return collect(job, sums, sums + size.cells, size.cells);
-    for (int64_t p = 0; p < along; p++) {
-        double w = 0, b = 0;
-        for (int thread = 0; thread < plan.threads; thread++) {
-            w += tables[2 * along * thread + p];
-            b += tables[2 * along * thread + along + p];
-        }
-        if (job.dweight) put_parameter(job.dweight, job.param_dtype, p, w);
-        if (job.dbias) put_parameter(job.dbias, job.param_dtype, p, b);
-    }
-    return true;
+    return nest.along ? collect_along(job, tables, along, plan.threads)
+                      : collect(job, kernel.g1, kernel.g2, kernel.size.cells);
+}
+
+template <class T>
+bool column_backward(const Job& job) {
+    Parameters<Acc<T>> parameters(job);
+    Sizes size(job.nest);
+    Scratch<double> sums(2 * size.cells);
+    if (!parameters.ok || !sums) return false;
+    ColumnBackward<T> kernel(job, parameters, sums);
+    ColumnPlan plan(job, size, 2 * sizeof(T));
+    return plan.split ? column_backward_by_rows(kernel, plan) : column_backward_in_panels(kernel, plan);
 }

@@ -261,6 +261,20 @@ inline bool collect(const Job& job, const double* dw, const double* db, int64_t 
     return true;
 }
 
+// The same where the parameters run along: of each thread a table of `along` sums for the weight, then for the bias.
+inline bool collect_along(const Job& job, const double* tables, int64_t along, int threads) {
+    for (int64_t p = 0; p < along; p++) {
+        double w = 0, b = 0;
+        for (int thread = 0; thread < threads; thread++) {
+            w += tables[2 * along * thread + p];
+            b += tables[2 * along * thread + along + p];
+        }
+        if (job.dweight) put_parameter(job.dweight, job.param_dtype, p, w);
+        if (job.dbias) put_parameter(job.dbias, job.param_dtype, p, b);
+    }
+    return true;
+}
+
 // For a solve of one's own: gradients of scale, center and shift of each set.
 inline void affine_gradient(const Job& job, const Standard& set, double s1, double scaled, int64_t index, int64_t sets) {
     job.sums[index] = scaled;

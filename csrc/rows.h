@@ -147,34 +147,38 @@ struct Units {
     }
 };
 
+// Few sets: all threads share each of them, a chunk of a run at a time, in phases.
 template <class T>
-bool row_forward(const Job& job) {
+bool row_forward_in_chunks(const RowForward<T>& kernel, const Panels& panels) {
     using A = Acc<T>;
-    Parameters<A> parameters(job);
-    if (!parameters.ok) return false;
-    RowForward<T> kernel(job, parameters);
-    const Nest& nest = job.nest;
+    const Nest& nest = kernel.nest;
     const Sizes& size = kernel.size;
-    Panels panels(job, size, sizeof(T));
-    if (panels.few) {
-        Units units(nest, size, panels.threads);
-        Scratch<Cell<A>> cells(size.cells * panels.threads);
-        if (!cells) return false;
-        parallel(panels.threads, [&](int thread, int threads) {
-            units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
-                kernel.measure(cells[cell * panels.threads + thread], cell, i, start, n);
-            });
+    Units units(nest, size, panels.threads);
+    Scratch<Cell<A>> cells(size.cells * panels.threads);
+    if (!cells) return false;
+    parallel(panels.threads, [&](int thread, int threads) {
+        units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
+            kernel.measure(cells[cell * panels.threads + thread], cell, i, start, n);
         });
-        for (int64_t set = 0; set < size.sets; set++)
-            kernel.finish(cells + set * nest.merge * panels.threads, nest.merge * panels.threads, set);
-        if (!job.y) return true;
-        parallel(panels.threads, [&](int thread, int threads) {
-            units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
-                kernel.apply(kernel.line(cell), cell, i, start, n, n);
-            });
+    });
+    for (int64_t set = 0; set < size.sets; set++)
+        kernel.finish(cells + set * nest.merge * panels.threads, nest.merge * panels.threads, set);
+    if (!kernel.job.y) return true;
+    parallel(panels.threads, [&](int thread, int threads) {
+        units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
+            kernel.apply(kernel.line(cell), cell, i, start, n, n);
         });
-        return true;
-    }
+    });
+    return true;
+}
+
+// Many sets: each thread has sets of its own, a panel at a time, which is read again while it is in the cache.
+template <class T>
+bool row_forward_in_panels(const RowForward<T>& kernel, const Panels& panels) {
+    using A = Acc<T>;
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    const Sizes& size = kernel.size;
     int64_t width = panels.sets * nest.merge;
     Scratch<Cell<A>> all_cells(width * panels.threads);
     Scratch<Line<A>> all_lines(width * panels.threads);
@@ -198,6 +202,15 @@ bool row_forward(const Job& job) {
         }
     });
     return true;
+}
+
+template <class T>
+bool row_forward(const Job& job) {
+    Parameters<Acc<T>> parameters(job);
+    if (!parameters.ok) return false;
+    RowForward<T> kernel(job, parameters);
+    Panels panels(job, kernel.size, sizeof(T));
+    return panels.few ? row_forward_in_chunks(kernel, panels) : row_forward_in_panels(kernel, panels);
 }
 
 // ---- backward
@@ -260,42 +273,46 @@ struct RowBackward : Backward<T> {
 };
 
 template <class T>
-bool row_backward(const Job& job) {
+bool row_backward_in_chunks(const RowBackward<T>& kernel, const Panels& panels) {
     using A = Acc<T>;
-    Parameters<A> parameters(job);
-    Sizes size(job.nest);
-    Scratch<double> sums(2 * size.cells);
-    if (!parameters.ok || !sums) return false;
-    RowBackward<T> kernel(job, parameters, sums);
-    const Nest& nest = job.nest;
-    Panels panels(job, size, 2 * sizeof(T));
-    bool reduces = !job.combine;
-    if (panels.few) {
-        Units units(nest, size, panels.threads);
-        Scratch<double> parts(2 * size.cells * panels.threads);
-        Scratch<SetGradient> gradients(size.sets);
-        if (!parts || !gradients) return false;
-        if (reduces) {
-            parallel(panels.threads, [&](int thread, int threads) {
-                double* part = parts + 2 * size.cells * thread;
-                units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
-                    kernel.reduce(kernel.line(cell), cell, i, start, n, part[cell], part[size.cells + cell]);
-                });
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    const Sizes& size = kernel.size;
+    Units units(nest, size, panels.threads);
+    Scratch<double> parts(2 * size.cells * panels.threads);
+    Scratch<SetGradient> gradients(size.sets);
+    if (!parts || !gradients) return false;
+    if (!job.combine) {
+        parallel(panels.threads, [&](int thread, int threads) {
+            double* part = parts + 2 * size.cells * thread;
+            units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
+                kernel.reduce(kernel.line(cell), cell, i, start, n, part[cell], part[size.cells + cell]);
             });
-            for (int thread = 0; thread < panels.threads; thread++)
-                for (int64_t c = 0; c < 2 * size.cells; c++) sums[c] += parts[2 * size.cells * thread + c];
-        }
-        for (int64_t set = 0; set < size.sets; set++) gradients[set] = kernel.solve(set);
-        if (job.dx) {
-            parallel(panels.threads, [&](int thread, int threads) {
-                units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
-                    Combine<A> by = kernel.combine(cell, gradients[cell / nest.merge]);
-                    kernel.apply(kernel.line(cell), by, cell, i, start, n, n, nullptr, nullptr);
-                });
-            });
-        }
-        return collect(job, sums, sums + size.cells, size.cells);
+        });
+        for (int thread = 0; thread < panels.threads; thread++)
+            for (int64_t c = 0; c < size.cells; c++) {
+                kernel.g1[c] += parts[2 * size.cells * thread + c];
+                kernel.g2[c] += parts[2 * size.cells * thread + size.cells + c];
+            }
     }
+    for (int64_t set = 0; set < size.sets; set++) gradients[set] = kernel.solve(set);
+    if (job.dx) {
+        parallel(panels.threads, [&](int thread, int threads) {
+            units.visit(thread, threads, [&](int64_t cell, int64_t i, int64_t start, int64_t n) {
+                Combine<A> by = kernel.combine(cell, gradients[cell / nest.merge]);
+                kernel.apply(kernel.line(cell), by, cell, i, start, n, n, nullptr, nullptr);
+            });
+        });
+    }
+    return collect(job, kernel.g1, kernel.g2, size.cells);
+}
+
+template <class T>
+bool row_backward_in_panels(const RowBackward<T>& kernel, const Panels& panels) {
+    using A = Acc<T>;
+    const Job& job = kernel.job;
+    const Nest& nest = kernel.nest;
+    const Sizes& size = kernel.size;
     int64_t width = panels.sets * nest.merge;
     int64_t along = nest.along ? nest.params : 0;
     Scratch<Line<A>> all_lines(width * panels.threads);
@@ -319,7 +336,7 @@ bool row_backward(const Job& job) {
         for (int64_t set = size.sets * thread / threads; set < last; set += panels.sets) {
             int64_t sets = least(panels.sets, last - set), first = set * nest.merge, num = sets * nest.merge;
             for (int64_t c = 0; c < num; c++) lines[c] = kernel.line(first + c);
-            if (reduces) {
+            if (!job.combine) {
                 for (int64_t i = 0; i < nest.r0; i++)
                     for (int64_t c = 0; c < num; c++)
                         kernel.reduce(lines[c], first + c, i, 0, nest.r1, kernel.g1[first + c], kernel.g2[first + c]);
@@ -337,15 +354,16 @@ bool row_backward(const Job& job) {
         }
         if (wants) flush();
     });
-    if (!along) return collect(job, sums, sums + size.cells, size.cells);
-    for (int64_t p = 0; p < along; p++) {
-        double w = 0, b = 0;
-        for (int thread = 0; thread < panels.threads; thread++) {
-            w += tables[2 * along * thread + p];
-            b += tables[2 * along * thread + along + p];
-        }
-        if (job.dweight) put_parameter(job.dweight, job.param_dtype, p, w);
-        if (job.dbias) put_parameter(job.dbias, job.param_dtype, p, b);
-    }
-    return true;
+    return along ? collect_along(job, tables, along, panels.threads) : collect(job, kernel.g1, kernel.g2, size.cells);
+}
+
+template <class T>
+bool row_backward(const Job& job) {
+    Parameters<Acc<T>> parameters(job);
+    Sizes size(job.nest);
+    Scratch<double> sums(2 * size.cells);
+    if (!parameters.ok || !sums) return false;
+    RowBackward<T> kernel(job, parameters, sums);
+    Panels panels(job, size, 2 * sizeof(T));
+    return panels.few ? row_backward_in_chunks(kernel, panels) : row_backward_in_panels(kernel, panels);
 }

@@ -138,7 +138,7 @@ def compare(
         progress: show how far it is, and the time left.
 
     Raises:
-        StudyError: a setting is wrong.
+        StudyError: a setting is wrong, or the model cannot take the data.
         DataError: the data cannot be used.
         SwapError: the module has no norm that ``replace`` names.
         Interrupted: at Ctrl-C (a KeyboardInterrupt); what has arrived is kept.
