@@ -69,7 +69,7 @@ def fit(
             continue
         if parameter.dtype not in dtypes or parameter.device != x.device:
             return f"the parameters are {parameter.dtype} on {parameter.device.type}"
-        if type(parameter) not in (Tensor, torch.nn.Parameter):
+        if type(parameter) not in (Tensor, torch.nn.Parameter, type(x)):
             return f"a parameter is a {type(parameter).__name__}"
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return "weight and bias differ in dtype"
