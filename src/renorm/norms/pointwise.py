@@ -119,11 +119,13 @@ class DyT(_Pointwise):
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def _act(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.alpha.to(x.dtype) * x)
-        return torch.addcmul(self._along(self.bias, x), y, self._along(self.weight, x))
+        return torch.addcmul(self._along(self.bias, x), self._squash(x), self._along(self.weight, x))
+
+    def _squash(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha.to(x.dtype) * x)
 
 
-class Derf(_Pointwise):
+class Derf(DyT):
     r"""Dynamic erf: `DyT` with the error function for the tanh, and a learnt shift in it.
 
     $$y = \text{erf}(\text{alpha} \cdot x + \text{shift}) \cdot \text{weight} + \text{bias}$$
@@ -153,12 +155,8 @@ class Derf(_Pointwise):
         shift: float = 0.0,
         axis: int = -1,
     ) -> None:
-        super().__init__(num_features, axis)
-        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device, dtype=dtype))
+        super().__init__(num_features, alpha, device, dtype, axis=axis)
         self.shift = nn.Parameter(torch.full((1,), shift, device=device, dtype=dtype))
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
-    def _act(self, x: Tensor) -> Tensor:
-        y = torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
-        return torch.addcmul(self._along(self.bias, x), y, self._along(self.weight, x))
+    def _squash(self, x: Tensor) -> Tensor:
+        return torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
